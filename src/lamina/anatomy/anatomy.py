@@ -1,0 +1,223 @@
+"""Anatomy: the sites of one model, how they hang on the residual stream, and the proof that this is so."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from lamina.anatomy.branches import find_branches, returns_of
+from lamina.anatomy.config import index_attributes, owner_of
+from lamina.anatomy.costs import kv_bytes, ledger
+from lamina.anatomy.parts import Block, Branch, Certificate, Ledger, Stack
+from lamina.anatomy.stacks import Seen, call, default_sample, evaluating, find_stacks
+from lamina.anatomy.trace import first_tensor
+from lamina.core.errors import CertificateError, InputError, UnsupportedError, did_you_mean
+from lamina.core.sites import SUBLAYERS, Cost, Kind, Site, Tie
+
+TOLERANCE = 1e-5
+"""Relative residual error that a float32 block may show; other types get their own rounding step."""
+
+
+class Anatomy:
+    """The sites of one model in depth order: each block, then its sublayers."""
+
+    def __init__(self, model: nn.Module, stacks: tuple[Stack, ...], sample: Mapping[str, Any], macs: int) -> None:
+        self.model = model
+        self.stacks = stacks
+        self.sample = dict(sample)
+        self._macs = macs
+
+    @classmethod
+    def of(cls, model: nn.Module, sample: Mapping[str, Tensor] | None = None) -> Anatomy:
+        """Discover the anatomy by running the model once, then each block once, on a few tokens.
+
+        `sample` holds the keyword inputs of one forward, batch first; by default seven token ids.
+        Raises UnsupportedError (no stack) or CertificateError (a block is not its input plus branches).
+        """
+        with evaluating(model):
+            given = dict(sample) if sample is not None else default_sample(model)
+            chains = find_stacks(model, given)
+            names = _stack_names(chains)
+            stacks = tuple(_stack(model, n, p, c) for n, (p, c) in zip(names, chains, strict=True))
+            with FlopCounterMode(display=False) as counter:
+                call(model, given)
+            tokens = next(v.shape[0] * v.shape[1] for v in given.values() if isinstance(v, Tensor))
+            return cls(model, stacks, given, counter.get_total_flops() // 2 // tokens)
+
+    @cached_property
+    def sites(self) -> tuple[Site, ...]:
+        """Blocks and sublayers in depth order."""
+        return tuple(s for k in self.stacks for b in k.blocks for s in (b.site, *(x.site for x in b.branches)))
+
+    @cached_property
+    def _by_id(self) -> dict[str, Site]:
+        return {s.id: s for s in self.sites}
+
+    @cached_property
+    def _branches(self) -> dict[str, tuple[Stack, Block, Branch]]:
+        return {x.site.id: (k, b, x) for k in self.stacks for b in k.blocks for x in b.branches}
+
+    @cached_property
+    def _blocks(self) -> dict[str, tuple[Stack, Block]]:
+        return {b.site.id: (k, b) for k in self.stacks for b in k.blocks}
+
+    @cached_property
+    def _ledger(self) -> Ledger:
+        return ledger(self.model, self.stacks, kv_bytes(self.model, self.sample), self._macs)
+
+    def site(self, site_id: str) -> Site:
+        """One site by its id; an unknown one is an error with a hint."""
+        if site_id not in self._by_id:
+            raise InputError("the model has no such site", where=site_id, hint=did_you_mean(site_id, self._by_id))
+        return self._by_id[site_id]
+
+    def of_kind(self, *kinds: Kind) -> tuple[Site, ...]:
+        """The sites of these kinds, in depth order."""
+        return tuple(s for s in self.sites if s.kind in kinds)
+
+    @property
+    def sublayers(self) -> tuple[Site, ...]:
+        """All residual branches, in depth order."""
+        return self.of_kind(*SUBLAYERS)
+
+    def branch(self, site: Site | str) -> Branch:
+        """The branch behind a sublayer's site."""
+        return self._branches[self.site(site if isinstance(site, str) else site.id).id][2]
+
+    def block(self, site: Site | str) -> Block:
+        """The block that is, or holds, this site."""
+        known = self.site(site if isinstance(site, str) else site.id).id
+        return self._blocks[known][1] if known in self._blocks else self._branches[known][1]
+
+    def stack(self, site: Site | str) -> Stack:
+        """The stack that holds this site."""
+        return self._blocks[self.block(site).site.id][0]
+
+    def parts(self, site: Site | str) -> tuple[Site, ...]:
+        """The sublayers of a block, or the sublayer itself."""
+        known = self.site(site if isinstance(site, str) else site.id)
+        return tuple(x.site for x in self._blocks[known.id][1].branches) if known.kind is Kind.BLOCK else (known,)
+
+    def expand(self, site_ids: Any) -> frozenset[str]:
+        """The sublayers that a set of blocks and sublayers covers."""
+        return frozenset(p.id for s in site_ids for p in self.parts(s))
+
+    def collapse(self, sublayers: Any) -> tuple[str, ...]:
+        """The same set with every wholly covered block named as a block, in depth order."""
+        gone = set(sublayers)
+        found = []
+        for block_id, (_, block) in self._blocks.items():
+            parts = [x.site.id for x in block.branches]
+            found += [block_id] if gone.issuperset(parts) else [p for p in parts if p in gone]
+        return tuple(found)
+
+    def cost(self, site: Site | str) -> Cost:
+        """What the site takes: its modules and the norms that serve it alone."""
+        return self._ledger.sites[self.site(site if isinstance(site, str) else site.id).id]
+
+    def total(self) -> Cost:
+        """What the whole model takes."""
+        return self._ledger.total
+
+    def freed(self, site_ids: Any) -> Cost:
+        """What dropping these sites frees; blocks wholly covered count as blocks (shared norms go too)."""
+        return sum((self.cost(s) for s in self.collapse(self.expand(site_ids))), Cost())
+
+    def ties(self, site: Site) -> tuple[Tie, ...]:
+        """The parameters that the site owns, whole."""
+        block = self.block(site)
+        module = self.model.get_submodule(block.path)
+        paths = [""] if site.kind is Kind.BLOCK else [self.branch(site).core, *self.branch(site).own]
+        return tuple(
+            Tie(".".join(x for x in (block.path, path, name) if x), dim=0, size=p.shape[0])
+            for path in paths
+            for name, p in module.get_submodule(path).named_parameters()
+        )
+
+    def certify(self, sample: Mapping[str, Tensor] | None = None) -> Certificate:
+        """Check `out = in + Σ branches` on every block, from what the modules really return.
+
+        Raises CertificateError naming the worst block and its error.
+        """
+        from lamina.anatomy.watch import watch_blocks
+
+        errors: dict[str, float] = {}
+        dtype = torch.float32
+
+        def check(block: Block, entering: Tensor, branches: Mapping[str, Tensor], leaving: Tensor) -> None:
+            nonlocal dtype
+            dtype = leaving.dtype
+            total = entering
+            for branch in block.branches:
+                total = total + branches[branch.site.id]
+            error = (leaving.double() - total.double()).norm() / leaving.double().norm().clamp_min(1e-30)
+            errors[block.site.id] = float(error)
+
+        with evaluating(self.model), watch_blocks(self.model, self, check):
+            call(self.model, sample or self.sample)
+        tolerance = TOLERANCE if dtype in (torch.float32, torch.float64) else float(torch.finfo(dtype).eps)
+        certificate = Certificate(errors, tolerance, str(dtype).removeprefix("torch."))
+        if not certificate.holds:
+            worst = max(errors, key=lambda b: errors[b])
+            branches = ", ".join(x.core for x in self._blocks[worst][1].branches)
+            raise CertificateError(
+                f"input + branches ({branches}) misses the block's output by {errors[worst]:.1e} of its norm "
+                f"(at most {tolerance:.0e})",
+                where=worst,
+            )
+        return certificate
+
+
+def _stack_names(chains: list[tuple[str, list[Seen]]]) -> list[str]:
+    """'' for a single stack; else the first path part that tells them apart."""
+    if len(chains) == 1:
+        return [""]
+    paths = [p.split(".") for p, _ in chains]
+    for depth in range(max(map(len, paths))):
+        names = [p[min(depth, len(p) - 1)] for p in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [p.replace(".", "_") for p, _ in chains]
+
+
+def _stack(model: nn.Module, name: str, path: str, chain: list[Seen]) -> Stack:
+    blocks = []
+    for number, seen in enumerate(chain):
+        block_id = ".".join(x for x in (name, "block", str(number)) if x)
+        branches, trace = find_branches(seen, block_id, number)
+        if not branches:
+            raise UnsupportedError("the block joins nothing to the stream", where=block_id)
+        tokens = max(seen.entering[..., 0].numel(), 1)
+        site = Site(block_id, Kind.BLOCK, seen.path, number)
+        form = returns_of(seen.output)
+        blocks.append(Block(site, seen.path, branches, seen.stream, form, trace.flops // 2 // tokens))
+    index = index_attributes([s.module for s in chain])
+    marked = tuple(_mark_cached(b, index) for b in blocks)
+    depth = sum(any(x.cached for x in b.branches) for b in marked) or len(marked)
+    owner = owner_of(model, path, depth)
+    return Stack(name, path, marked, owner, index, int(first_width(chain)))
+
+
+def first_width(chain: list[Seen]) -> int:
+    """The width of the residual stream."""
+    leaving = first_tensor(chain[0].output)
+    return 0 if leaving is None else leaving.shape[-1]
+
+
+def _mark_cached(block: Block, index: tuple[str, ...]) -> Block:
+    """A branch holds a cache entry if it mixes positions and some module of it knows the block's number."""
+    numbered = tuple(
+        replace(
+            x,
+            cached=x.site.kind in (Kind.ATTENTION, Kind.MIXER)
+            and any(k.rpartition(".")[0].startswith(x.core) for k in index),
+        )
+        for x in block.branches
+    )
+    return replace(block, branches=numbered)

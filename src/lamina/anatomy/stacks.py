@@ -1,0 +1,162 @@
+"""Find the stacks of a model: containers whose elements hand one stream from each to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lamina.anatomy.trace import first_tensor
+from lamina.core.errors import InputError, UnsupportedError
+
+
+@dataclass(eq=False)
+class Seen:
+    """One call of one element of a container, as it was made in a run of the whole model."""
+
+    path: str
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    output: Any = None
+    stream: int | str = 0
+
+    @property
+    def entering(self) -> Tensor:
+        """The stream that goes in, [batch, tokens, width]."""
+        return self.args[self.stream] if isinstance(self.stream, int) else self.kwargs[self.stream]
+
+    @property
+    def leaving(self) -> Tensor:
+        """The stream that comes out."""
+        found = first_tensor(self.output)
+        if found is None:
+            raise UnsupportedError("the block returns no tensor", where=self.path)
+        return found
+
+
+def default_sample(model: nn.Module, tokens: int = 7) -> dict[str, Tensor]:
+    """Token ids [1, tokens] for a model that reads tokens; the same for every run."""
+    embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    try:
+        vocabulary = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        vocabulary = embeddings[0] if embeddings else None
+    if not isinstance(vocabulary, nn.Embedding):
+        raise InputError(
+            "can't make an input for this model", where=type(model).__name__, hint="pass sample={'name': tensor, …}"
+        )
+    step = torch.arange(1, tokens + 1, device=vocabulary.weight.device)
+    return {"input_ids": ((step * 7919) % max(vocabulary.num_embeddings - 1, 1)).unsqueeze(0)}
+
+
+def call(model: nn.Module, sample: Mapping[str, Any]) -> Any:
+    """One forward without a cache and without gradients."""
+    extra = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
+    with torch.no_grad():
+        return model(**sample, **extra)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in evaluation mode; afterwards every module is in its own mode again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def _watched(model: nn.Module, seen: list[Seen]) -> Iterator[None]:
+    handles = []
+    for path, container in model.named_modules():
+        children = list(container.named_children())
+        if len(children) < 1 or not all(name.isdigit() for name, _ in children):
+            continue
+        for name, child in children:
+            where = f"{path}.{name}" if path else name
+
+            def opens(module: nn.Module, args: Any, kwargs: Any, where: str = where) -> None:
+                seen.append(Seen(where, module, args, kwargs))
+
+            def closes(module: nn.Module, args: Any, kwargs: Any, output: Any, where: str = where) -> None:
+                next(s for s in reversed(seen) if s.path == where and s.output is None).output = output
+
+            handles.append(child.register_forward_pre_hook(opens, with_kwargs=True))
+            handles.append(child.register_forward_hook(closes, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _stream_of(seen: Seen) -> int | str | None:
+    """Where the element takes the stream: the first argument shaped like what it returns."""
+    out = first_tensor(seen.output)
+    if out is None or not out.is_floating_point() or out.ndim < 3:
+        return None
+    for place, value in [*enumerate(seen.args), *seen.kwargs.items()]:
+        if isinstance(value, Tensor) and value.shape == out.shape:
+            return place
+    return None
+
+
+def find_stacks(model: nn.Module, sample: Mapping[str, Any]) -> list[tuple[str, list[Seen]]]:
+    """(container's path, calls of its elements in depth order) of every stack, outermost only.
+
+    Raises UnsupportedError where no chain of at least two elements is found.
+    """
+    seen: list[Seen] = []
+    with _watched(model, seen):
+        call(model, sample)
+    parents: dict[str, list[Seen]] = {}
+    for one in seen:
+        place = _stream_of(one) if one.output is not None else None
+        if place is not None:
+            one.stream = place
+            parents.setdefault(one.path.rpartition(".")[0], []).append(one)
+    chains = {path: calls for path, calls in parents.items() if _is_chain(calls)}
+    long = {p for p, c in chains.items() if len(c) > 1} or set(chains)
+    outer = dict.fromkeys(_holder(p, chains) for p in long if not any(_inside(p, q) for q in long))
+    if not outer:
+        raise UnsupportedError("no stack of blocks that share a residual stream was found", where=type(model).__name__)
+    return [(path, _flatten(chains[path], chains)) for path in chains if path in outer]
+
+
+def _holder(path: str, chains: Mapping[str, list[Seen]]) -> str:
+    """The container itself, or the one around it if that holds nothing else (a single group of blocks)."""
+    parent = path.rpartition(".")[0]
+    around = chains.get(parent, [])
+    return parent if len(around) == 1 and around[0].path == path and _same(around[0], chains[path]) else path
+
+
+def _is_chain(calls: list[Seen]) -> bool:
+    once = len({c.path for c in calls}) == len(calls)
+    return once and all(a.leaving is b.entering for a, b in pairwise(calls))
+
+
+def _inside(path: str, outer: str) -> bool:
+    return path.startswith(outer + ".") if outer else path != ""
+
+
+def _flatten(calls: list[Seen], chains: Mapping[str, list[Seen]]) -> list[Seen]:
+    """Elements that are themselves chains (groups of blocks) are replaced by their elements."""
+    flat: list[Seen] = []
+    for one in calls:
+        inner = chains.get(one.path)
+        flat.extend(_flatten(inner, chains) if inner and _same(one, inner) else [one])
+    return flat
+
+
+def _same(one: Seen, inner: list[Seen]) -> bool:
+    """Whether an element does nothing but run the inner chain."""
+    return inner[0].entering is one.entering and inner[-1].leaving is one.leaving

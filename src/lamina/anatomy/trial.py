@@ -1,0 +1,91 @@
+"""Take branches away on trial, and put recorded streams in the place of blocks; both undo themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from lamina.anatomy.anatomy import Anatomy
+    from lamina.anatomy.parts import Stack
+
+
+@contextmanager
+def forward_of(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
+    """Inside, calling the module calls `function`; hooks stay as they are."""
+    before = module.__dict__.get("forward")
+    module.forward = function
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
+
+
+def wrapped(tokens: Tensor, returns: Sequence[tuple[int, int]]) -> Any:
+    """`tokens` in the nested tuple that the module returns; other places are None."""
+    out: Any = tokens
+    for index, arity in reversed(returns):
+        out = tuple(out if i == index else None for i in range(arity))
+    return out
+
+
+@contextmanager
+def silenced(model: nn.Module, anatomy: Anatomy, site: str) -> Iterator[None]:
+    """Inside, the branch adds zero: its core and its norms are not computed."""
+    branch, block = anatomy.branch(site), model.get_submodule(anatomy.block(site).path)
+
+    def zeros(*args: Any, **kwargs: Any) -> Any:
+        tokens = args[branch.stream] if isinstance(branch.stream, int) else kwargs[branch.stream]
+        return wrapped(torch.zeros_like(tokens), branch.returns)
+
+    def same(tokens: Tensor, *_: Any, **__: Any) -> Tensor:
+        return tokens
+
+    with ExitStack() as stack:
+        stack.enter_context(forward_of(block.get_submodule(branch.core), zeros))
+        for path in branch.own:
+            stack.enter_context(forward_of(block.get_submodule(path), same))
+        yield
+
+
+@contextmanager
+def shorted(model: nn.Module, stack: Stack, states: Callable[[], Tensor]) -> Iterator[None]:
+    """Inside, the stack's blocks are not computed: the last hands on `states()`, the others pass the stream."""
+    last = stack.blocks[-1]
+
+    def passing(place: int | str, returns: Sequence[tuple[int, int]]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return wrapped(args[place] if isinstance(place, int) else kwargs[place], returns)
+
+        return forward
+
+    with ExitStack() as held:
+        for block in stack.blocks:
+            function = passing(block.stream, block.returns)
+            if block is last:
+                function = lambda *_, **__: wrapped(states(), last.returns)  # noqa: E731
+            held.enter_context(forward_of(model.get_submodule(block.path), function))
+        yield
+
+
+@contextmanager
+def inputs_recorded(model: nn.Module, stack: Stack) -> Iterator[list[tuple[tuple[Any, ...], Mapping[str, Any]]]]:
+    """Inside, every block's arguments are noted as (args, kwargs), in call order."""
+    seen: list[tuple[tuple[Any, ...], Mapping[str, Any]]] = []
+
+    def note(_: nn.Module, args: Any, kwargs: Any) -> None:
+        seen.append((args, kwargs))
+
+    handles = [model.get_submodule(b.path).register_forward_pre_hook(note, with_kwargs=True) for b in stack.blocks]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()

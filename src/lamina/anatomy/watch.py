@@ -1,0 +1,67 @@
+"""Watch a forward pass: the stream into and out of each block, and what each branch adds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from lamina.anatomy.parts import Block, Branch
+from lamina.anatomy.trace import first_tensor
+
+if TYPE_CHECKING:
+    from lamina.anatomy.anatomy import Anatomy
+
+Watcher = Callable[[Block, Tensor, Mapping[str, Tensor], Tensor], None]
+"""(block, stream in, what each branch adds by site id, stream out), all [batch, tokens, width]."""
+
+
+def added(branch: Branch, output: Any) -> Tensor:
+    """What the branch adds to the stream, from what its outlet returned."""
+    found = tree_leaves(output)[branch.outlet_index]
+    if branch.scale != 1.0:
+        return found * branch.scale
+    return found.clone() if branch.mutated else found
+
+
+@contextmanager
+def watch_blocks(model: nn.Module, anatomy: Anatomy, watcher: Watcher, only: Block | None = None) -> Iterator[None]:
+    """Call `watcher` after each block of a forward (or after `only` one); holds one block's tensors at a time."""
+    handles = []
+
+    def attach(block: Block) -> None:
+        module = model.get_submodule(block.path)
+        held: dict[str, Tensor] = {}
+
+        def opens(_: nn.Module, args: Any, kwargs: Any) -> None:
+            held.clear()
+            held[""] = args[block.stream] if isinstance(block.stream, int) else kwargs[block.stream]
+
+        def closes(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            entering = held.pop("")
+            leaving = first_tensor(output)
+            assert leaving is not None
+            watcher(block, entering, held, leaving)
+            held.clear()
+
+        handles.append(module.register_forward_pre_hook(opens, with_kwargs=True))
+        for branch in block.branches:
+
+            def joins(_: nn.Module, args: Any, output: Any, branch: Branch = branch) -> None:
+                held[branch.site.id] = added(branch, output)
+
+            handles.append(module.get_submodule(branch.outlet).register_forward_hook(joins))
+        handles.append(module.register_forward_hook(closes, with_kwargs=True))
+
+    for stack in anatomy.stacks:
+        for block in stack.blocks:
+            if only is None or block is only:
+                attach(block)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,110 @@
+"""The verbs for Python, with the words of the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lamina.core.documents import Budget, EvidenceFile, Heal, Plan, Receipts, Recipe
+from lamina.core.errors import InputError
+from lamina.pipeline import Run, verbs
+from lamina.report import write
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lamina.core.scores import Scores
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run has come to: `model` is the thinned network, `folder` holds everything else."""
+
+    folder: Path
+    model: nn.Module
+    plan: Plan
+    receipts: Receipts
+    evidence: EvidenceFile
+
+
+def run(
+    model: str | nn.Module,
+    *,
+    out: str | Path,
+    keep: float | None = None,
+    parameters: int | None = None,
+    bytes: int | None = None,
+    blocks: int | None = None,
+    sublayers: int | None = None,
+    protect: Sequence[str] = (),
+    recipe: str = "default",
+    heal: int | None = None,
+    tokenizer: Any = None,
+    **more: Any,
+) -> Run:
+    """Start a run, or take it up; `more` are further fields of a recipe (data, dtype, seed, refit, …)."""
+    asked: dict[str, dict[str, Any]] = {
+        "keep": {"keep": keep},
+        "parameters": {"limit": parameters},
+        "bytes": {"metric": "bytes", "limit": bytes},
+        "blocks": {"metric": "blocks", "drop": blocks},
+        "sublayers": {"metric": "sublayers", "drop": sublayers},
+    }
+    given = [b for b in asked.values() if any(v is not None for k, v in b.items() if k != "metric")]
+    if len(given) > 1:
+        raise InputError("one budget at a time: keep, parameters, bytes, blocks or sublayers")
+    budget = Budget.from_data({**(given[0] if given else {"keep": 1.0}), "protect": tuple(protect)})
+    named = model if isinstance(model, str) else type(model).__name__
+    fields: dict[str, Any] = {"name": recipe, "model": named, "budget": budget.to_data(), **more}
+    if heal is not None:
+        fields["heal"] = Heal(steps=heal).to_data()
+    in_memory = None if isinstance(model, str) else model
+    return Run.start(Path(out), Recipe.from_data(fields), model=in_memory, tokenizer=tokenizer)
+
+
+def thin(model: str | nn.Module, *, out: str | Path, **asked: Any) -> Result:
+    """Survey, plan, apply, heal, prove and report; see `run` for what may be asked.
+
+    A module in memory is left as it is; the thinned one is a copy.
+    """
+    done = verbs.thin(run(model, out=out, **asked))
+    write(done.folder)
+    return Result(done.folder, done.thinned, done.plan(), done.receipts(), done.evidence())
+
+
+def survey(
+    model: str | nn.Module, *, out: str | Path, measures: Sequence[str] | None = None, **asked: Any
+) -> Mapping[str, Scores]:
+    """Score every block and sublayer: measure → scores."""
+    from lamina.pipeline.table import read_survey
+
+    made = run(model, out=out, **asked)
+    verbs.survey(made, measures)
+    return read_survey(made.path("survey.parquet"))
+
+
+def plan(folder: str | Path, **options: Any) -> Plan:
+    """Choose what goes in a run that was surveyed."""
+    return verbs.plan(Run.open(folder, **options))
+
+
+def apply(folder: str | Path, **options: Any) -> Receipts:
+    """Do what the plan says, and publish the checkpoint once it is shown to reload."""
+    return verbs.apply(Run.open(folder, **options))
+
+
+def heal(folder: str | Path, **options: Any) -> Receipts:
+    """Heal as the recipe says."""
+    return verbs.heal(Run.open(folder, **options))
+
+
+def prove(folder: str | Path, **options: Any) -> EvidenceFile:
+    """Measure what the plan cost."""
+    return verbs.prove(Run.open(folder, **options))
+
+
+def report(folder: str | Path) -> Path:
+    """Write report.html and give its path."""
+    return write(Path(folder))

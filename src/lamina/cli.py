@@ -1,0 +1,446 @@
+"""The command line: thin verbs over run folders. No method is named here."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lamina.core.errors import InputError, LaminaError
+
+if TYPE_CHECKING:
+    from lamina.core.documents import Budget, Recipe
+    from lamina.pipeline import Run
+
+app = typer.Typer(
+    name="lamina",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Find the layers that a pretrained network does not need, take them out, and prove what that cost.",
+    epilog="Start with: [bold]lamina thin smollm2-135m --keep 75%[/bold]",
+)
+
+Folder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, as `thin` or `survey` makes it.")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a hub id, a .gguf file or a name of the shelf.")]
+Out = Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="The run folder to make or go on with.")]
+Keep = Annotated[str | None, typer.Option(metavar="SHARE", help="Share of the parameters to keep: 75% or 0.75.")]
+Parameters = Annotated[str | None, typer.Option(metavar="N", help="Parameters to keep at most: 100M.")]
+Bytes = Annotated[str | None, typer.Option(metavar="SIZE", help="Bytes of weights to keep at most: 200MB.")]
+Blocks = Annotated[int | None, typer.Option(metavar="N", help="Blocks to drop.")]
+Sublayers = Annotated[int | None, typer.Option(metavar="N", help="Sublayers (attentions, MLPs) to drop.")]
+Protect = Annotated[list[str] | None, typer.Option(metavar="SITE", help="A site that must stay; may be repeated.")]
+Named = Annotated[
+    str, typer.Option("--recipe", "-r", metavar="NAME|FILE", help="A recipe of `lamina methods`, or a file.")
+]
+Refit = Annotated[
+    bool | None, typer.Option("--refit/--no-refit", help="Refit the maps before the gaps, in closed form.")
+]
+Steps = Annotated[int | None, typer.Option("--heal", metavar="STEPS", help="Heal for so many steps.")]
+Minutes = Annotated[float | None, typer.Option("--heal-minutes", metavar="MIN", help="Heal for so many minutes.")]
+Text = Annotated[str, typer.Option(metavar="SOURCE", help="Calibration text: file, folder, JSONL, Parquet, hf:NAME.")]
+Heldout = Annotated[str, typer.Option(metavar="SOURCE", help="Held-out text to prove on.")]
+Column = Annotated[str, typer.Option(metavar="NAME", help="The text column of JSONL, Parquet and data sets.")]
+Sequences = Annotated[int, typer.Option(metavar="N", help="Calibration sequences.")]
+HeldoutSequences = Annotated[int, typer.Option(metavar="N", help="Held-out sequences.")]
+Length = Annotated[int, typer.Option(metavar="TOKENS", help="Tokens of a sequence.")]
+Dtype = Annotated[str, typer.Option(metavar="TYPE", help="auto, float32 or bfloat16.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, …")]
+Seed = Annotated[int, typer.Option(help="Seed of all random choices.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
+Gguf = Annotated[bool, typer.Option("--gguf", help="Also write model.gguf for llama.cpp.")]
+
+
+def share(text: str) -> float:
+    """`75%` or `0.75` as a fraction."""
+    try:
+        value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        raise InputError(f"{text!r} is no share", where="--keep", hint="write 75% or 0.75") from None
+    if not 0 < value <= 1:
+        raise InputError(f"{text} is not above 0 and at most 100%", where="--keep", hint="write 75% or 0.75")
+    return value
+
+
+UNITS = {
+    "": 1,
+    "k": 10**3,
+    "m": 10**6,
+    "g": 10**9,
+    "b": 10**9,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+}
+
+
+def amount(text: str, option: str) -> int:
+    """`100M`, `1.5B`, `200MB` as a whole number."""
+    number = text.strip().rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
+    unit = text.strip()[len(number) :].lower()
+    try:
+        value = int(float(number) * UNITS[unit])
+    except (ValueError, KeyError):
+        raise InputError(f"{text!r} is no amount", where=option, hint="write 100M, 1.5B or 200MB") from None
+    if value <= 0:
+        raise InputError(f"{text} is not positive", where=option)
+    return value
+
+
+def budget_of(
+    keep: str | None,
+    parameters: str | None,
+    bytes_: str | None,
+    blocks: int | None,
+    sublayers: int | None,
+    protect: list[str] | None,
+) -> Budget | None:
+    """The one budget that was asked for; None where none was."""
+    from lamina.core.documents import Budget
+
+    asked: list[tuple[str, Callable[[], dict[str, Any]]]] = []
+    if keep is not None:
+        asked.append(("--keep", lambda: {"keep": share(keep)}))
+    if parameters is not None:
+        asked.append(("--parameters", lambda: {"limit": amount(parameters, "--parameters")}))
+    if bytes_ is not None:
+        asked.append(("--bytes", lambda: {"metric": "bytes", "limit": amount(bytes_, "--bytes")}))
+    if blocks is not None:
+        asked.append(("--blocks", lambda: {"metric": "blocks", "drop": blocks}))
+    if sublayers is not None:
+        asked.append(("--sublayers", lambda: {"metric": "sublayers", "drop": sublayers}))
+    if len(asked) > 1:
+        raise InputError(f"one budget at a time, not {' and '.join(name for name, _ in asked)}")
+    if not asked:
+        return None
+    return Budget.from_data({**asked[0][1](), "protect": tuple(protect or ())}, where=asked[0][0])
+
+
+def recipe_of(name: str) -> tuple[str, dict[str, Any]]:
+    """The name of a recipe row, and what a recipe file says beside it."""
+    from lamina.core import registry
+    from lamina.core.documents import Recipe
+
+    if Path(name).suffix in (".yaml", ".yml", ".json"):
+        data = Recipe.load(name).to_data()
+        registry.row(data["name"])
+        return data["name"], data
+    registry.row(name)
+    return name, {}
+
+
+@app.command(epilog="Example: lamina thin smollm2-135m --keep 75% --out run")
+def thin(
+    model: Annotated[str, typer.Argument(metavar="[MODEL]", help="A folder, a hub id, a .gguf file or a name.")] = "",
+    keep: Keep = None,
+    parameters: Parameters = None,
+    bytes_: Annotated[
+        str | None, typer.Option("--bytes", metavar="SIZE", help="Bytes of weights to keep at most.")
+    ] = None,
+    blocks: Blocks = None,
+    sublayers: Sublayers = None,
+    protect: Protect = None,
+    recipe: Named = "default",
+    out: Out = None,
+    refit: Refit = None,
+    heal: Steps = None,
+    heal_minutes: Minutes = None,
+    text: Text = "default",
+    heldout: Heldout = "default",
+    column: Column = "text",
+    sequences: Sequences = 16,
+    heldout_sequences: HeldoutSequences = 32,
+    length: Length = 256,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    seed: Seed = 0,
+    trust_remote_code: Trust = False,
+    gguf: Gguf = False,
+) -> None:
+    """Survey, plan, apply, heal, prove, export and report, in one go. Run again, it goes on where it was."""
+    name, data = recipe_of(recipe)
+    model = model or data.get("model", "")
+    if not model:
+        raise InputError("which model?", hint="lamina thin MODEL --keep 75%")
+    budget = budget_of(keep, parameters, bytes_, blocks, sublayers, protect)
+    if budget is None and "budget" not in data:
+        raise InputError(
+            "how much may stay?", hint="--keep 75%, --parameters 100M, --bytes 200MB, --blocks 8, --sublayers 15"
+        )
+    asked: dict[str, Any] = {
+        "refit": refit, "dtype": dtype, "device": device, "seed": seed, "trust_remote_code": trust_remote_code, "gguf": gguf,
+        "data": {
+            "calibration": text, "heldout": heldout, "column": column, "length": length, "sequences": sequences,
+            "heldout_sequences": heldout_sequences,
+        },
+    }  # fmt: skip
+    chosen = data or asked
+    if heal is not None or heal_minutes is not None:
+        chosen = {**chosen, "heal": {"steps": heal, "minutes": heal_minutes}}
+    if budget is not None:
+        chosen = {**chosen, "budget": budget.to_data()}
+    run = begin(make_recipe({**chosen, "name": name, "model": model}), out)
+    from lamina import pipeline
+    from lamina.report import write
+
+    with shown(run):
+        pipeline.thin(run)
+    write(run.folder)
+    finish(run)
+
+
+@app.command(epilog="Example: lamina survey smollm2-135m --out run --measures cosine,damage")
+def survey(
+    model: Model,
+    out: Out = None,
+    measures: Annotated[
+        str | None, typer.Option(metavar="A,B", help="Measures of `lamina methods`; `all` for all.")
+    ] = None,
+    text: Text = "default",
+    sequences: Sequences = 16,
+    length: Length = 256,
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Score every block and sublayer of a model; `lamina plan` goes on from there."""
+    from lamina import pipeline
+    from lamina.core import registry
+
+    names = None if measures is None else list(registry.MEASURES) if measures == "all" else measures.split(",")
+    for name in names or []:
+        registry.MEASURES.card(name)
+    data = {"calibration": text, "sequences": sequences, "length": length}
+    asked = {"model": model, "budget": {"keep": 1.0}, "data": data, "dtype": dtype, "seed": seed}
+    run = begin(make_recipe({**asked, "trust_remote_code": trust_remote_code}), out)
+    with shown(run):
+        pipeline.survey(run, names)
+    from lamina.terminal import print_survey
+
+    print_survey(run)
+
+
+@app.command(epilog="Example: lamina plan run --keep 75% --recipe shortgpt")
+def plan(
+    folder: Folder,
+    keep: Keep = None,
+    parameters: Parameters = None,
+    bytes_: Annotated[
+        str | None, typer.Option("--bytes", metavar="SIZE", help="Bytes of weights to keep at most.")
+    ] = None,
+    blocks: Blocks = None,
+    sublayers: Sublayers = None,
+    protect: Protect = None,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", "-r", metavar="NAME", help="A recipe of `lamina methods`.")
+    ] = None,
+    refit: Refit = None,
+) -> None:
+    """Choose what goes, within a budget. The plan is a file: read it, edit it, then `lamina apply`."""
+    from lamina import pipeline
+    from lamina.core import registry
+
+    run = opened(folder)
+    budget = budget_of(keep, parameters, bytes_, blocks, sublayers, protect)
+    changes: dict[str, Any] = {"budget": budget} if budget is not None else {}
+    if recipe is not None:
+        changes["name"] = registry.row(recipe).name
+    if refit is not None:
+        changes["refit"] = refit
+    run.change(**changes)
+    with shown(run):
+        pipeline.survey(run)
+        pipeline.plan(run)
+    from lamina.terminal import print_plan
+
+    print_plan(run)
+
+
+@app.command(epilog="Example: lamina apply run")
+def apply(folder: Folder) -> None:
+    """Do what the plan says; the checkpoint is published only if it reloads exactly in a fresh process."""
+    from lamina import pipeline
+
+    run = opened(folder)
+    with shown(run):
+        receipts = pipeline.apply(run)
+    before, after = receipts.receipts[0].before, receipts.receipts[-1].after
+    say(f"{before.parameters:,} parameters became {after.parameters:,}: {run.path('model')}")
+
+
+@app.command(epilog="Example: lamina heal run --steps 200")
+def heal(
+    folder: Folder,
+    steps: Annotated[int | None, typer.Option(metavar="N", help="Training steps.")] = None,
+    minutes: Annotated[float | None, typer.Option(metavar="MIN", help="Minutes of training.")] = None,
+    healer: Annotated[str, typer.Option(metavar="NAME", help="A healer of `lamina methods`.")] = "lora",
+) -> None:
+    """Train the thinned model towards the dense one; the checkpoint keeps its structure."""
+    from lamina import pipeline
+    from lamina.core.documents import Heal
+
+    run = opened(folder)
+    if steps is not None or minutes is not None:
+        run.change(heal=Heal.from_data({"healer": healer, "steps": steps, "minutes": minutes}, where="lamina heal"))
+    elif run.recipe.heal is None:
+        raise InputError("for how long?", hint="--steps 200 or --minutes 10")
+    with shown(run):
+        pipeline.heal(run)
+    say(f"healed: {run.path('model')}")
+
+
+@app.command(epilog="Example: lamina prove run")
+def prove(folder: Folder) -> None:
+    """Measure loss, speed, memory and size, dense and thinned side by side, on held-out text."""
+    from lamina import pipeline
+
+    run = opened(folder)
+    with shown(run):
+        pipeline.prove(run)
+    from lamina.terminal import print_evidence
+
+    print_evidence(run)
+
+
+@app.command(epilog="Example: lamina export run --to model.gguf")
+def export(
+    folder: Folder,
+    to: Annotated[Path | None, typer.Option(metavar="PATH", help="Where to: a folder, or a .gguf file.")] = None,
+    kind: Annotated[
+        str | None, typer.Option("--format", metavar="NAME", help="An exporter of `lamina methods`.")
+    ] = None,
+    check: Annotated[bool, typer.Option("--check", help="Only say which engines load it.")] = False,
+) -> None:
+    """Write the thinned model for another engine, or say which engines take it."""
+    from lamina import pipeline
+    from lamina.pipeline.verbs import notes
+
+    run = opened(folder)
+    if check:
+        for line in notes(run, run.receipts()):
+            say(line)
+        return
+    kind = kind or ("gguf" if to is not None and to.suffix == ".gguf" else "hf")
+    with shown(run):
+        paths = pipeline.export(run, to, kind)
+    for path in paths:
+        say(str(path))
+
+
+@app.command(epilog="Example: lamina report run")
+def report(folder: Folder) -> None:
+    """Write report.html: one page, offline, of all that the run folder holds."""
+    from lamina.report import write
+
+    if not folder.is_dir():
+        raise InputError("there is no such run folder", where=folder)
+    say(str(write(folder)))
+
+
+@app.command(epilog="Example: lamina anatomy smollm2-135m --certify")
+def anatomy(
+    model: Model,
+    certify: Annotated[bool, typer.Option("--certify", help="Print each block's residual error.")] = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Print the blocks and sublayers that were found, what they cost, and the proof that they are right."""
+    from lamina.terminal import print_anatomy
+
+    print_anatomy(model, certify, trust_remote_code)
+
+
+@app.command(epilog="Example: lamina methods --role measure")
+def methods(
+    role: Annotated[str | None, typer.Option(metavar="ROLE", help="measure, planner, rewrite, recipe, …")] = None,
+) -> None:
+    """List all methods: recipes, measures, planners, rewrites, healers, evaluators, exporters."""
+    from lamina.terminal import print_methods
+
+    print_methods(role)
+
+
+@app.command(epilog="Example: lamina show finercut")
+def show(name: str) -> None:
+    """Show one method: what it does, its options, status, deviations and paper."""
+    from lamina.terminal import print_method
+
+    print_method(name)
+
+
+@app.command(epilog="Example: lamina cite shortgpt")
+def cite(name: str) -> None:
+    """Print the BibTeX entry of a method's paper."""
+    from lamina.core import registry
+
+    typer.echo(registry.cite(name).bibtex())
+
+
+def make_recipe(data: dict[str, Any]) -> Recipe:
+    """A recipe from what the command line says."""
+    from lamina.core.documents import Recipe
+
+    return Recipe.from_data({k: v for k, v in data.items() if v is not None})
+
+
+def begin(recipe: Recipe, out: Path | None) -> Run:
+    """Start or take up a run; by default in a folder named after the model and the recipe."""
+    from lamina.pipeline import Run
+
+    stem = "".join(c if c.isalnum() or c in "-_." else "-" for c in Path(recipe.model).name or recipe.model)
+    return Run.start(out or Path(f"{stem}-{recipe.name}"), recipe)
+
+
+def opened(folder: Path) -> Run:
+    """An existing run."""
+    from lamina.pipeline import Run
+
+    return Run.open(folder)
+
+
+def shown(run: Run) -> Any:
+    """Progress on the terminal while the block runs."""
+    from lamina.terminal import progress
+
+    return progress(run)
+
+
+def finish(run: Run) -> None:
+    """The closing table and the report's path."""
+    from lamina.terminal import print_evidence
+
+    print_evidence(run)
+    say(f"model  {run.path('model')}")
+    if run.path("model.gguf").is_file():
+        say(f"gguf   {run.path('model.gguf')}")
+    say(f"report {run.path('report.html')}")
+
+
+def say(line: str) -> None:
+    """One line on standard output."""
+    typer.echo(line)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: one line and exit code 2 for what the user can mend, 130 after Ctrl-C."""
+    try:
+        code = app(arguments, standalone_mode=False)
+    except LaminaError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        typer.echo("interrupted; the same command goes on from here", err=True)
+        sys.exit(130)
+    except Exception as error:
+        if hasattr(error, "format_message") and hasattr(error, "exit_code"):
+            typer.echo(f"error: {error.format_message()} (see --help)", err=True)  # type: ignore[attr-defined]
+            sys.exit(2)
+        raise
+    sys.exit(code if isinstance(code, int) else 0)

@@ -1,0 +1,1 @@
+"""Plain data: vocabulary, documents, registry and errors. Never imports torch."""

@@ -1,0 +1,274 @@
+"""The three documents and the evidence: recipe (intent), plan (decision), receipts (fact).
+
+Each is a frozen dataclass that goes to YAML or JSON and back; unknown keys are refused with a hint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+from lamina.core.errors import InputError, did_you_mean
+from lamina.core.files import read_data, to_json, to_yaml, write_text
+from lamina.core.sites import Cost
+
+FORMAT = 1
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses, enums, tuples and mappings as plain data; fields at their default are left out."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        rows: dict[str, Any] = {}
+        for f in dataclasses.fields(value):
+            item = getattr(value, f.name)
+            default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+            if item != default or f.metadata.get("always"):
+                rows[f.name] = plain(item)
+        return rows
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}  # type: ignore[reportUnknownArgumentType]
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]  # type: ignore[reportUnknownVariableType]
+    if isinstance(value, Path):
+        return str(value)
+    return value
+
+
+class Document:
+    """Reading and writing, shared by all documents."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    @classmethod
+    def from_data(cls, data: Any, *, where: object = "") -> Self:
+        """Check plain data against the class; one line says which key is wrong."""
+        from pydantic import TypeAdapter, ValidationError
+
+        name = cls.__name__.lower()
+        if not isinstance(data, Mapping):
+            raise InputError(f"a {name} is a mapping of keys, not {type(data).__name__}", where=where)
+        if (given := data.get("lamina", FORMAT)) != FORMAT:
+            hint = (
+                "a newer lamina may read it" if isinstance(given, int) and given > FORMAT else f"write lamina: {FORMAT}"
+            )
+            raise InputError(f"this {name} has format lamina: {given}, not {FORMAT}", where=where, hint=hint)
+        try:
+            return TypeAdapter(cls).validate_python(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            at = ".".join(str(p) for p in first["loc"]) or name
+            if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+                known = _keys_at(cls, first["loc"][:-1])
+                hint = did_you_mean(str(first["loc"][-1]), known)
+                raise InputError(f"unknown key {at!r} in the {name}", where=where, hint=hint) from None
+            message = first["msg"].removeprefix("Value error, ")
+            raise InputError(f"{name}: {at}: {message}", where=where) from None
+
+    @classmethod
+    def load(cls, path: Path | str) -> Self:
+        """Read a YAML or JSON file."""
+        return cls.from_data(read_data(Path(path)), where=path)
+
+    def to_data(self) -> dict[str, Any]:
+        """Plain data; what stands at its default is left out."""
+        return plain(self)
+
+    def save(self, path: Path | str) -> None:
+        """Write YAML or JSON (by suffix), atomically."""
+        path = Path(path)
+        data = self.to_data()
+        write_text(path, to_json(data) if path.suffix == ".json" else to_yaml(data))
+
+
+def _keys_at(cls: type, loc: tuple[int | str, ...]) -> list[str]:
+    """The field names of the dataclass that stands at `loc` inside `cls`."""
+    import typing
+
+    here: Any = cls
+    for part in loc:
+        if isinstance(part, int):
+            continue
+        hint = typing.get_type_hints(here).get(str(part)) if dataclasses.is_dataclass(here) else None
+        options = [a for a in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(a)]
+        if not options:
+            return []
+        here = options[0]
+    return [f.name for f in dataclasses.fields(here)]
+
+
+Metric = Literal["parameters", "bytes", "blocks", "sublayers"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget(Document):
+    """How much may stay: exactly one of `keep` (a fraction of the dense model's), `limit` (an absolute
+    number: parameters or bytes) and `drop` (a number of blocks or sublayers to take out).
+
+    `protect` lists sites that must stay.
+    """
+
+    metric: Metric = field(default="parameters", metadata={"always": True})
+    keep: float | None = None
+    limit: int | None = None
+    drop: int | None = None
+    protect: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        given = [n for n in ("keep", "limit", "drop") if getattr(self, n) is not None]
+        if len(given) != 1:
+            raise ValueError(f"a budget takes exactly one of keep, limit and drop, not {given or 'none'}")
+        if self.keep is not None and not 0 < self.keep <= 1:
+            raise ValueError(f"keep must lie in (0, 1], not {self.keep}")
+        if self.limit is not None and self.limit <= 0:
+            raise ValueError(f"limit must be positive, not {self.limit}")
+        if self.drop is not None and self.drop < 0:
+            raise ValueError(f"drop must not be negative, not {self.drop}")
+        counted = self.metric in ("blocks", "sublayers")
+        if self.drop is not None and not counted:
+            raise ValueError(f"drop counts blocks or sublayers, not {self.metric}")
+        if self.limit is not None and counted:
+            raise ValueError(f"{self.metric} take keep or drop, not limit")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heal(Document):
+    """What to do after the rewrite: a healer, by a budget of steps or minutes."""
+
+    healer: str = field(default="lora", metadata={"always": True})
+    steps: int | None = None
+    minutes: float | None = None
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.minutes is None):
+            raise ValueError("healing takes exactly one of steps and minutes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data(Document):
+    """The text: `default` is the prose that lamina ships; else files, folders, JSONL, Parquet or `hf:NAME`."""
+
+    calibration: str = "default"
+    heldout: str = "default"
+    column: str = "text"
+    length: int = 256
+    sequences: int = 16
+    heldout_sequences: int = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Document):
+    """Intent, for any model: what to measure, how to choose, what to do, within which budget."""
+
+    lamina: int = field(default=FORMAT, metadata={"always": True})
+    name: str = field(default="default", metadata={"always": True})
+    model: str = field(default="", metadata={"always": True})
+    budget: Budget
+    heal: Heal | None = None
+    data: Data = field(default_factory=Data)
+    measure_options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    planner_options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    refit: bool | None = None
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: str = "cpu"
+    seed: int = 0
+    trust_remote_code: bool = False
+    gguf: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step(Document):
+    """One decision: a rewrite of explicit sites, and why."""
+
+    rewrite: str
+    sites: tuple[str, ...]
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    why: Mapping[str, float] = field(default_factory=dict[str, float])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRef(Document):
+    """The model a plan was made for."""
+
+    name: str
+    fingerprint: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(Document):
+    """Decision, for one model revision: explicit sites, never a fraction."""
+
+    lamina: int = field(default=FORMAT, metadata={"always": True})
+    model: ModelRef
+    recipe: str = "default"
+    budget: Budget
+    steps: tuple[Step, ...] = field(metadata={"always": True})
+    expects: Mapping[str, float] = field(default_factory=dict[str, float])
+
+    def sites(self) -> tuple[str, ...]:
+        """All sites of all steps, in the plan's order."""
+        return tuple(site for step in self.steps for site in step.sites)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Receipt(Document):
+    """Fact: what one step did, with all that is needed to rebuild the structure on an empty skeleton.
+
+    `structure` is plain data that `lamina.rewrites.structure.replay` understands without lamina.
+    """
+
+    rewrite: str
+    sites: tuple[str, ...]
+    before: Cost = field(metadata={"always": True})
+    after: Cost = field(metadata={"always": True})
+    structure: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Receipts(Document):
+    """`receipts.json`: what was done to which model, in order, and by which healer."""
+
+    lamina: int = field(default=FORMAT, metadata={"always": True})
+    model: ModelRef
+    plan: str
+    receipts: tuple[Receipt, ...] = field(metadata={"always": True})
+    healed: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence(Document):
+    """One measured number with its interval, n and seed.
+
+    `low` and `high` bound the 95 % interval where there is one. `of` says whose number it is: `dense`,
+    `thinned`, or `difference`/`ratio` of the two.
+    """
+
+    name: str
+    value: float = field(metadata={"always": True})
+    unit: str = ""
+    of: Literal["dense", "thinned", "difference", "ratio", "contract"] = "thinned"
+    low: float | None = None
+    high: float | None = None
+    n: int = 0
+    seed: int = 0
+    how: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvidenceFile(Document):
+    """`evidence.json`: every number that `prove` measured."""
+
+    lamina: int = field(default=FORMAT, metadata={"always": True})
+    evidence: tuple[Evidence, ...] = field(metadata={"always": True})
+    notes: tuple[str, ...] = ()
+
+    def get(self, name: str, of: str = "thinned") -> Evidence | None:
+        """The evidence of that name, or None."""
+        return next((e for e in self.evidence if e.name == name and e.of == of), None)

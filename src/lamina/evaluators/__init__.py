@@ -1,0 +1,1 @@
+"""Ways to measure what a model does."""

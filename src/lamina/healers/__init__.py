@@ -1,0 +1,1 @@
+"""Ways to win back what a rewrite cost."""

@@ -1,0 +1,56 @@
+"""What a planner may ask for beyond scores: a judge, and scores of the network as it is thinned."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lamina.core.errors import LaminaError
+from lamina.core.files import to_json, write_text
+from lamina.lab.judge import Judge
+
+if TYPE_CHECKING:
+    from lamina.core.scores import Scores
+    from lamina.lab.lab import Lab
+    from lamina.lab.protocols import Measure
+
+
+class Bench:
+    """A lab, the measure in use, and a journal of what was judged, so that a killed search goes on where it was."""
+
+    def __init__(self, lab: Lab, measure: Measure | None = None, journal: Path | None = None) -> None:
+        self.lab, self.measure, self.journal = lab, measure, journal
+        self._judges: dict[str, Judge] = {}
+
+    def rescore(self, gone: Iterable[str]) -> Scores:
+        """The measure's scores with `gone` ablated."""
+        if self.measure is None:
+            raise LaminaError("there is no measure to score with again")
+        with self.lab.ablate(gone):
+            return self.measure.measure(self.lab)
+
+    def judge(self, metric: str = "kl", **options: Any) -> Judge:
+        """A judge of that metric; what the journal knows is not computed again."""
+        key = json.dumps([metric, options], sort_keys=True)
+        if key not in self._judges:
+            judge = Judge(self.lab, metric, **options)
+            judge.remember(self._read(key))
+            self._judges[key] = judge
+        return self._judges[key]
+
+    def note(self) -> None:
+        """Write the journal, atomically."""
+        if self.journal is not None:
+            data = {k: [[sorted(s), v] for s, v in j.known.items()] for k, j in self._judges.items()}
+            write_text(self.journal, to_json(data))
+
+    def _read(self, key: str) -> Mapping[frozenset[str], float]:
+        if self.journal is None or not self.journal.exists():
+            return {}
+        try:
+            rows = json.loads(self.journal.read_text(encoding="utf-8")).get(key, [])
+            return {frozenset(sites): float(value) for sites, value in rows}
+        except (ValueError, TypeError):
+            return {}

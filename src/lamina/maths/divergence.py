@@ -1,0 +1,39 @@
+"""Divergences between next-token distributions, per position, in nats."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def kl(reference: Tensor, logits: Tensor) -> Tensor:
+    """KL(p‖q) of softmaxes p of `reference` and q of `logits` [..., vocabulary] → [...]."""
+    p, q = torch.log_softmax(reference.float(), -1), torch.log_softmax(logits.float(), -1)
+    return (p.exp() * (p - q)).sum(-1).clamp_min(0.0)
+
+
+def js_reversed(reference: Tensor, logits: Tensor) -> Tensor:
+    """½[KL(m‖p) + KL(m‖q)] with m = (p+q)/2, as FinerCut's code computes it → [...]."""
+    p, q = torch.log_softmax(reference.float(), -1), torch.log_softmax(logits.float(), -1)
+    m = _mixture(p, q)
+    return (m.exp() * (m - (p + q) / 2)).sum(-1).clamp_min(0.0)
+
+
+def js(reference: Tensor, logits: Tensor) -> Tensor:
+    """Jensen-Shannon divergence ½[KL(p‖m) + KL(q‖m)], m = (p+q)/2 → [...]."""
+    p, q = torch.log_softmax(reference.float(), -1), torch.log_softmax(logits.float(), -1)
+    m = _mixture(p, q)
+    return 0.5 * ((p.exp() * (p - m)).sum(-1) + (q.exp() * (q - m)).sum(-1)).clamp_min(0.0)
+
+
+def _mixture(p: Tensor, q: Tensor) -> Tensor:
+    """log((exp p + exp q)/2): finite where both underflow, and exactly p where q = p."""
+    return torch.maximum(p, q) + torch.log1p(torch.expm1(-(p - q).abs()) / 2)
+
+
+def nll(logits: Tensor, labels: Tensor) -> Tensor:
+    """-log softmax(logits)[label]: [..., vocabulary] and [...] → [...]."""
+    flat = torch.nn.functional.cross_entropy(
+        logits.float().flatten(0, -2), labels.reshape(-1).to(logits.device), reduction="none"
+    )
+    return flat.view(labels.shape)

@@ -1,0 +1,1 @@
+"""Papers that score a site by what the loss, expanded around the trained weights, says of its absence."""

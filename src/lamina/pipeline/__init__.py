@@ -1,0 +1,6 @@
+"""The verbs, as functions over a run folder."""
+
+from lamina.pipeline.run import Run
+from lamina.pipeline.verbs import apply, export, heal, plan, prove, survey, thin
+
+__all__ = ["Run", "apply", "export", "heal", "plan", "prove", "survey", "thin"]

@@ -1,0 +1,303 @@
+"""The seven verbs, as functions over a run folder; each can be killed and taken up again."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lamina.core import registry
+from lamina.core.documents import Evidence, EvidenceFile, Plan, Receipt, Receipts, Step, plain
+from lamina.core.errors import InputError, LaminaError
+from lamina.core.files import fingerprint
+from lamina.core.papers import Need
+from lamina.pipeline.run import Run
+
+if TYPE_CHECKING:
+    from lamina.core.scores import Scores
+    from lamina.lab import Lab
+
+
+def survey(run: Run, measures: Sequence[str] | None = None) -> None:
+    """Score every block and sublayer: the recipe's measure and all that share its pass, or those named."""
+    names = list(measures) if measures is not None else _measures(run)
+    inputs = [
+        run.loaded.fingerprint,
+        run.tokens.fingerprint,
+        names,
+        plain(run.recipe.measure_options),
+        run.recipe.dtype,
+    ]
+    with run.verb("survey", inputs, ["survey.parquet"]) as work:
+        if work:
+            from lamina.pipeline.table import write_survey
+
+            lab = run.lab()
+            run.say(f"surveying {len(lab.anatomy.sites)} sites by {', '.join(names)}")
+            scores = score(lab, {n: registry.MEASURES.make(n, _options(run, n)) for n in names})
+            write_survey(
+                run.path("survey.parquet"), scores, lab.anatomy,
+                tokens=lab.tokens, seed=run.recipe.seed, fingerprint=run.loaded.fingerprint,
+            )  # fmt: skip
+            run.log(f"survey: {lab.passes:.2f} forward-equivalents over {lab.tokens} tokens")
+
+
+def score(lab: Lab, measures: dict[str, Any]) -> list[Scores]:
+    """All measures' scores; those that can share one pass do."""
+    streaming = {n: m for n, m in measures.items() if hasattr(m, "tally")}
+    shared = (
+        dict(zip(streaming, lab.stream([m.tally(lab.anatomy) for m in streaming.values()]), strict=True))
+        if streaming
+        else {}
+    )
+    return [shared[n] if n in shared else m.measure(lab) for n, m in measures.items()]
+
+
+def _measures(run: Run) -> list[str]:
+    wanted = registry.row(run.recipe.name).measure
+    cheap = [n for n in registry.MEASURES if registry.MEASURES.card(n).needs <= Need.FORWARD]
+    return [*([wanted] if wanted and wanted not in cheap else []), *cheap]
+
+
+def _options(run: Run, name: str) -> dict[str, Any]:
+    row = registry.row(run.recipe.name)
+    return {**row.measure_options, **run.recipe.measure_options} if name == row.measure else {}
+
+
+def plan(run: Run) -> Plan:
+    """Choose what goes, within the budget, and say what it is expected to cost."""
+    row, recipe = registry.row(run.recipe.name), run.recipe
+    survey_ = run.path("survey.parquet")
+    if row.measure and not survey_.is_file():
+        raise InputError("survey.parquet is missing", where=run.folder, hint="run lamina survey first")
+    parts = [survey_] if row.measure else [run.loaded.fingerprint]
+    inputs = [
+        *parts,
+        run.tokens.fingerprint,
+        plain(recipe.budget),
+        recipe.name,
+        plain(recipe.planner_options),
+        plain(recipe.refit),
+    ]
+    with run.verb("plan", inputs, ["plan.yaml"]) as work:
+        if work:
+            steps, expects = _choose(run)
+            made = Plan(model=run.ref, recipe=recipe.name, budget=recipe.budget, steps=steps, expects=expects)
+            made.save(run.path("plan.yaml"))
+            (run.state / "judged.json").unlink(missing_ok=True)
+    return run.plan()
+
+
+def _choose(run: Run) -> tuple[tuple[Step, ...], dict[str, float]]:
+    from lamina.lab import Bench
+    from lamina.pipeline.table import read_survey
+
+    row, recipe, lab = registry.row(run.recipe.name), run.recipe, run.lab()
+    scores = read_survey(run.path("survey.parquet"))[row.measure] if row.measure else None
+    measure = registry.MEASURES.make(row.measure, _options(run, row.measure)) if row.measure else None
+    options = {**row.planner_options, **recipe.planner_options}
+    if row.kinds:
+        options["kinds"] = row.kinds
+    planner = registry.PLANNERS.make(row.planner, options)
+    for site in recipe.budget.protect:
+        lab.anatomy.site(site)
+    run.say(f"planning by {recipe.name}")
+    bench = Bench(lab, measure, journal=run.state / "judged.json")
+    steps = planner.plan(scores, recipe.budget, lab.anatomy, bench)
+    gone = [s for step in steps for s in step.sites if step.rewrite == "drop"]
+    refit = row.refit if recipe.refit is None else recipe.refit
+    fitted = _refit_step(lab, gone) if refit and not any(s.rewrite == "refit" for s in steps) else None
+    steps = (fitted, *steps) if fitted else steps
+    run.log(f"plan: {lab.passes:.1f} forward-equivalents over {lab.tokens} tokens")
+    return steps, _expect(run, lab, steps, gone)
+
+
+def _refit_step(lab: Lab, gone: Sequence[str]) -> Step | None:
+    from lamina.rewrites.refit import RIDGE, refit_sites
+
+    sites = refit_sites(lab.anatomy, gone)
+    around = lab.anatomy.collapse(lab.anatomy.expand(gone))
+    return Step(rewrite="refit", sites=sites, options={"around": list(around), "ridge": RIDGE}) if sites else None
+
+
+def _expect(run: Run, lab: Lab, steps: Sequence[Step], gone: Sequence[str]) -> dict[str, float]:
+    """What the plan should cost: resources exactly, the loss as measured on the calibration text."""
+    after = lab.anatomy.total() - lab.anatomy.freed(gone)
+    expects: dict[str, float] = {
+        "loss": round(expected_loss(lab, steps, gone), 6),
+        "parameters": after.parameters,
+        "bytes": after.bytes,
+        "macs": after.macs,
+        "kv_bytes": after.kv_bytes,
+    }
+    return expects
+
+
+def expected_loss(lab: Lab, steps: Sequence[Step], gone: Sequence[str]) -> float:
+    """Rise of the loss, in nats, on calibration text; a refit is tried on three quarters of it, judged on the rest."""
+    fits = [s for s in steps if s.rewrite == "refit"]
+    if not fits or len(lab.batches) < 2:
+        return lab.loss(gone) - lab.loss()
+    from lamina.rewrites.refit import kept_weights
+
+    cut = max(1, len(lab.batches) * 3 // 4)
+    fitting, judging = lab.on(lab.batches[:cut]), lab.on(lab.batches[cut:])
+    dense = judging.loss()
+    with kept_weights(lab, [s for step in fits for s in step.sites]):
+        for step in fits:
+            registry.REWRITES.make(step.rewrite).apply(step, fitting)
+        return judging.loss(gone) - dense
+
+
+def apply(run: Run) -> Receipts:
+    """Do what the plan says, check that the result reloads, and publish it as `model/`."""
+    plan_ = run.plan()
+    with run.verb(
+        "apply", [run.path("plan.yaml"), run.loaded.fingerprint, run.tokens.fingerprint], ["receipts.json", "model"]
+    ) as work:
+        if work:
+            model, receipts = rewritten(run, plan_)
+            done = Receipts(model=run.ref, plan=fingerprint(run.path("plan.yaml")), receipts=receipts)
+            _publish(run, model, done)
+    return run.receipts()
+
+
+def rewritten(run: Run, plan_: Plan) -> tuple[Any, tuple[Receipt, ...]]:
+    """A thinned copy of the dense model, and the receipts; the dense one stays as it is."""
+    import copy
+
+    from lamina.lab import Lab
+
+    run.say(f"applying {len(plan_.steps)} steps")
+    model = copy.deepcopy(run.loaded.model)
+    fits = any(s.rewrite == "refit" for s in plan_.steps)
+    text = run.tokens.calibration if fits else run.tokens.calibration[:1]
+    lab = Lab(model, text, seed=run.recipe.seed, progress=run.progress)
+    receipts = [registry.REWRITES.make(step.rewrite).apply(step, lab) for step in merged(plan_.steps, lab)]
+    return model, tuple(receipts)
+
+
+def merged(steps: Sequence[Step], lab: Lab) -> list[Step]:
+    """The plan's steps in order, its drops as one: sites are named as in the dense model throughout."""
+    gone = lab.anatomy.collapse(lab.anatomy.expand(s for step in steps if step.rewrite == "drop" for s in step.sites))
+    others = [s for s in steps if s.rewrite != "drop"]
+    return [*others, Step(rewrite="drop", sites=gone)] if gone else others
+
+
+def _publish(run: Run, model: Any, receipts: Receipts) -> None:
+    """Write the checkpoint aside, check it in a fresh process, and only then put it in place."""
+    from lamina.evaluators.reload import contract
+    from lamina.exporters.hf import save_checkpoint
+
+    draft = run.state / "draft"
+    shutil.rmtree(draft, ignore_errors=True)
+    save_checkpoint(model, receipts.receipts, run.loaded.tokenizer, draft)
+    run.say("checking that the checkpoint reloads in a fresh process")
+    try:
+        proof = contract(draft, model, run.tokens.calibration[:2, :32])
+    except LaminaError:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    EvidenceFile(evidence=tuple(proof)).save(run.state / "contract.json")
+    run.publish(draft)
+    receipts.save(run.path("receipts.json"))
+    run.adopt(model)
+
+
+def heal(run: Run) -> Receipts:
+    """Train the thinned model towards the dense one, by the recipe's budget; without one, do nothing."""
+    if run.recipe.heal is None:
+        return run.receipts()
+    wanted = run.recipe.heal
+    start = run.receipts()
+    unhealed = Receipts(model=start.model, plan=start.plan, receipts=start.receipts)
+    inputs = [plain(unhealed), plain(wanted), run.tokens.fingerprint]
+    with run.verb("heal", inputs, ["receipts.json", "model"]) as work:
+        if work:
+            from lamina.lab import Lab
+
+            model = run.thinned
+            lab = Lab(model, run.tokens.calibration, seed=run.recipe.seed, progress=run.progress)
+            healer = registry.HEALERS.make(wanted.healer, wanted.options)
+            run.say(
+                f"healing by {wanted.healer}: {wanted.steps or wanted.minutes} {'steps' if wanted.steps else 'minutes'}"
+            )
+            history = healer.heal(
+                lab, teacher=run.loaded.model, steps=wanted.steps, minutes=wanted.minutes, state_dir=run.state / "heal"
+            )
+            healed = {
+                "healer": wanted.healer,
+                "steps": history.steps,
+                "tokens": history.tokens,
+                "history": history.losses,
+            }
+            _publish(run, model, Receipts(model=start.model, plan=start.plan, receipts=start.receipts, healed=healed))
+            shutil.rmtree(run.state / "heal", ignore_errors=True)
+    return run.receipts()
+
+
+EVALUATORS = ("quality", "size", "speed", "memory")
+
+
+def prove(run: Run) -> EvidenceFile:
+    """Measure on held-out text what the plan cost, dense and thinned side by side."""
+    from lamina.lab import Lab
+
+    receipts = run.receipts()
+    with run.verb("prove", [plain(receipts), run.tokens.fingerprint, EVALUATORS], ["evidence.json"]) as work:
+        if work:
+            text = run.tokens.heldout
+            lab = Lab(run.thinned, text, seed=run.recipe.seed, progress=run.progress)
+            found: list[Evidence] = [_expected(run)]
+            for name in EVALUATORS:
+                run.say(f"measuring {name}")
+                evaluator = registry.EVALUATORS.make(name)
+                found += evaluator.evaluate(lab, reference=run.loaded.model)
+            contract = run.state / "contract.json"
+            found += EvidenceFile.load(contract).evidence if contract.is_file() else ()
+            EvidenceFile(evidence=tuple(found), notes=notes(run, receipts)).save(run.path("evidence.json"))
+    return run.evidence()
+
+
+def _expected(run: Run) -> Evidence:
+    return Evidence(
+        name="expected_loss",
+        value=run.plan().expects["loss"],
+        unit="nats/token",
+        of="difference",
+        n=len(run.tokens.calibration),
+        seed=run.recipe.seed,
+        how="the plan's expectation, measured on calibration text",
+    )
+
+
+def notes(run: Run, receipts: Receipts) -> tuple[str, ...]:
+    """Which engine loads the checkpoint, truthfully."""
+    from lamina.exporters.verdict import verdicts
+
+    return tuple(verdicts(receipts.receipts, run.thinned))
+
+
+def export(run: Run, to: Path | None = None, kind: str = "hf", options: dict[str, Any] | None = None) -> list[Path]:
+    """Write the thinned model for another engine; `model/` is the Hugging Face checkpoint already."""
+    receipts = run.receipts()
+    exporter = registry.EXPORTERS.make(kind, options)
+    for problem in exporter.check(receipts.receipts):
+        raise problem.error()
+    if kind == "hf" and to is None:
+        return [run.path("model")]
+    place = to or run.path("model.gguf" if kind == "gguf" else kind)
+    return list(exporter.export(run.thinned, run.loaded if kind == "gguf" else run, place))
+
+
+def thin(run: Run) -> Run:
+    """All verbs in order but the report, which needs only the folder."""
+    survey(run)
+    plan(run)
+    apply(run)
+    heal(run)
+    prove(run)
+    if run.recipe.gguf:
+        export(run, kind="gguf")
+    return run

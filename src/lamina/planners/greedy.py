@@ -1,0 +1,128 @@
+"""Greedy with a judge: what really costs least goes, and all is priced anew."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from lamina.core.documents import Step
+from lamina.core.papers import Card, Need, Paper
+from lamina.core.registry import planner, recipe
+from lamina.core.sites import SUBLAYERS, Kind
+
+if TYPE_CHECKING:
+    from lamina.anatomy import Anatomy
+    from lamina.core.documents import Budget
+    from lamina.core.scores import Scores
+    from lamina.lab.bench import Bench
+    from lamina.planners._target import Target
+
+SLEB = Paper(
+    key="song2024sleb",
+    title="SLEB: Streamlining LLMs through Redundancy Verification and Elimination of Transformer Blocks",
+    authors=("Jiwon Song", "Kyungseok Oh", "Taesu Kim", "Hyungjun Kim", "Yulhwa Kim", "Jae-Joon Kim"),
+    year=2024,
+    arxiv="2402.09025",
+)
+
+
+@planner("greedy", SLEB, on=(Kind.BLOCK, *sorted(SUBLAYERS)), needs=Need.ABLATION, status="stable")
+@dataclass(frozen=True, kw_only=True)
+class Greedy:
+    """Drop, again and again, the site with the least rise of the judge's metric per unit of the budget.
+
+    `kinds`: what may go at once (blocks by default). `metric`: "kl" from the dense model, "js" or "loss". `per`:
+    "budget" divides the rise by what the site frees, "site" does not. `edges` blocks at either end of each stack
+    stay. With a divergence, the scores decide only in which order candidates are tried: what can't win any more is
+    given up early, without changing the choice. `batch_size` sequences are judged at once.
+    """
+
+    metric: str = "kl"
+    per: Literal["budget", "site"] = "budget"
+    kinds: tuple[Kind, ...] = (Kind.BLOCK,)
+    edges: int = 0
+    batch_size: int = 2
+
+    card: ClassVar[Card]
+
+    def plan(
+        self, scores: Scores | None, budget: Budget, anatomy: Anatomy, bench: Bench | None = None
+    ) -> tuple[Step, ...]:
+        """One step per site, in the order of dropping."""
+        from lamina.planners._target import Target
+
+        assert bench is not None
+        target = Target(budget, anatomy)
+        judge = bench.judge(self.metric, batch_size=self.batch_size)
+        hint = {u: scores[u] for u in target.units(self.kinds) if scores is not None and u in scores}
+        gone: list[str] = []
+        steps: list[Step] = []
+        while not target.met(gone):
+            options = self._options(target, gone)
+            if not options:
+                raise target.refuse(target.amount(gone))
+            judge.rebase(gone)
+            gains = [target.amount([*gone, u]) - target.amount(gone) for u in options]
+            left = target.need - target.amount(gone)
+            weights = [min(g, left) if self.per == "budget" else 1.0 for g in gains]
+            order = [hint.get(u, 0.0) / w for u, w in zip(options, weights, strict=True)]
+            place, value = judge.least(options, weights=weights, hint=order)
+            site = options[place]
+            before = judge.value(judge.base)
+            hint.update(self._learnt(judge.known, judge.base, options, anatomy, before))
+            gone.append(site)
+            steps.append(Step(rewrite="drop", sites=(site,), why={self.metric: value, "rise": value - before}))
+            bench.note()
+            bench.lab.progress("plan", min(target.amount(gone), target.need), target.need)
+        return tuple(steps)
+
+    def _options(self, target: Target, gone: list[str]) -> list[str]:
+        """What may still go and helps, in depth order."""
+        covered = target.anatomy.expand(gone)
+        ends = {
+            b.site.id
+            for k in target.anatomy.stacks
+            for b in (*k.blocks[: self.edges], *k.blocks[len(k.blocks) - self.edges :])
+        }
+        return [
+            u
+            for u in target.units(self.kinds)
+            if target.anatomy.block(u).site.id not in ends
+            and not target.anatomy.expand([u]) <= covered
+            and target.allowed([*gone, u])
+            and target.amount([*gone, u]) > target.amount(gone)
+        ]
+
+    @staticmethod
+    def _learnt(
+        known: dict[frozenset[str], float], base: frozenset[str], options: list[str], anatomy: Anatomy, before: float
+    ) -> dict[str, float]:
+        """The rises that this round found, to order the next round's work."""
+        found = {u: known.get(base | anatomy.expand([u])) for u in options}
+        return {u: v - before for u, v in found.items() if v is not None}
+
+
+recipe(
+    "sleb",
+    SLEB,
+    summary="SLEB: greedy over blocks by the loss; the first and the last stay.",
+    measure="",
+    planner="greedy",
+    planner_options={"metric": "loss", "per": "site", "edges": 1},
+    kinds=(Kind.BLOCK,),
+    status="stable",
+)
+recipe(
+    "default",
+    SLEB,
+    summary="Greedy over blocks by the divergence from the dense model, then a closed-form refit before each gap.",
+    measure="cosine",
+    planner="greedy",
+    kinds=(Kind.BLOCK,),
+    refit=True,
+    status="stable",
+    deviations=(
+        "KL from the dense model per parameter, not the loss",
+        "the maps before the gaps are refitted (see the rewrite refit)",
+    ),
+)

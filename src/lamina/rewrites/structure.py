@@ -1,0 +1,280 @@
+"""Rebuild a thinned network's structure, and load its checkpoint, with torch and transformers alone.
+
+This file travels with the weights as `modeling_lamina.py`, so that
+`AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)` works where lamina is not installed.
+lamina itself uses the same functions: what is applied in memory is what is rebuilt from the checkpoint.
+It knows no architecture: everything it does is spelt out in `config.json` under `lamina.structure`.
+"""
+
+import copy
+import importlib
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+
+FORMAT = 1
+
+
+class Gone(nn.Module):
+    """Stands where a branch's core stood: adds zero, computes nothing, holds no parameters and no cache entry.
+
+    `stream` is the position or keyword of the tokens, `returns` the (index, arity) of each nested tuple.
+    """
+
+    def __init__(self, stream=0, returns=()):
+        super().__init__()
+        self.stream, self.returns = stream, tuple(map(tuple, returns))
+
+    def forward(self, *args, **kwargs):
+        """Zeros shaped like the tokens, in the structure that the core returned."""
+        tokens = args[self.stream] if isinstance(self.stream, int) else kwargs[self.stream]
+        out = torch.zeros_like(tokens)
+        for index, arity in reversed(self.returns):
+            out = tuple(out if i == index else None for i in range(arity))
+        return out
+
+    def extra_repr(self):
+        """How it is built, for print(model)."""
+        return f"stream={self.stream!r}, returns={self.returns}"
+
+
+class Group(nn.ModuleList):
+    """Blocks that count as one layer: one holds a cache entry, the others don't.
+
+    So the config's number of layers, its per-layer lists and the cache all count what remains.
+    Whatever else the model asks of a layer is answered by the block that holds the cache entry.
+    """
+
+    def __init__(self, blocks, main, stream=0):
+        super().__init__(blocks)
+        self.main, self.stream = main, stream
+
+    def forward(self, *args, **kwargs):
+        """Run the blocks in turn; what is returned beside the stream is the caching block's."""
+        result = None
+        for position, block in enumerate(self):
+            out = block(*args, **kwargs)
+            tokens = out[0] if isinstance(out, tuple) else out
+            if position == self.main:
+                result = out
+            if isinstance(self.stream, int):
+                args = (*args[: self.stream], tokens, *args[self.stream + 1 :])
+            else:
+                kwargs = {**kwargs, self.stream: tokens}
+        return (tokens, *result[1:]) if isinstance(result, tuple) else tokens
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("main", "stream") or "main" not in self.__dict__:
+                raise
+            return getattr(self[self.main], name)
+
+
+def flat(stack):
+    """The blocks of a stack, one by one, groups opened."""
+    return [block for element in stack for block in (element if isinstance(element, Group) else (element,))]
+
+
+def replay(model, steps):
+    """Turn a model of the dense structure into the thinned one, in place; works on the meta device.
+
+    Weights of what remains are untouched; what is dropped is no longer referenced.
+    """
+    for step in steps:
+        if step.get("format", FORMAT) > FORMAT or step.get("kind") != "drop":
+            raise ValueError(
+                f"this file can't replay {step.get('kind')!r}, format {step.get('format')}: a newer one is needed"
+            )
+        _drop(model, step)
+    return model
+
+
+def _drop(model, step):
+    stack = model.get_submodule(step["stack"])
+    blocks = flat(stack)
+    if len(blocks) != step["depth"]:
+        raise ValueError(f"{step['stack']} has {len(blocks)} blocks, the receipt was made for {step['depth']}")
+    for branch in step["branches"]:
+        block = blocks[branch["block"]]
+        block.set_submodule(branch["core"], Gone(branch["stream"], branch["returns"]))
+        for path in branch["own"]:
+            block.set_submodule(path, nn.Identity())
+    gone = set(step["blocks"])
+    blocks = [block for number, block in enumerate(blocks) if number not in gone]
+    layers = _regroup(blocks, step["cached"], step["stream"])
+    _renumber(layers, step["index"])
+    for name in list(stack._modules):
+        del stack._modules[name]
+    for number, layer in enumerate(layers):
+        stack.add_module(str(number), layer)
+    if step["owner"] is not None:
+        edit(model.get_submodule(step["owner"]).config, step["config"], after=True)
+
+
+def holds_cache(block, cached):
+    """Whether any of the block's caching modules is still there."""
+    names = dict(block.named_modules())
+    return any(path in names and not isinstance(names[path], Gone) for path in cached)
+
+
+def _regroup(blocks, cached, stream):
+    """One layer per block that holds a cache entry; the others join the one before (the first ones, the one after)."""
+    if not cached or all(holds_cache(b, cached) for b in blocks):
+        return blocks
+    layers, waiting = [], []
+    for block in blocks:
+        if holds_cache(block, cached):
+            layers.append([len(waiting), [*waiting, block]])
+            waiting = []
+        elif layers:
+            layers[-1][1].append(block)
+        else:
+            waiting.append(block)
+    if not layers:
+        raise ValueError("no block that holds a cache entry is left")
+    return [members[0] if len(members) == 1 else Group(members, main, stream) for main, members in layers]
+
+
+def _renumber(layers, index):
+    for number, layer in enumerate(layers):
+        for block in layer if isinstance(layer, Group) else (layer,):
+            modules = dict(block.named_modules())
+            for key in index:
+                path, _, name = key.rpartition(".")
+                if path in modules and hasattr(modules[path], name):
+                    setattr(modules[path], name, number)
+
+
+def edit(config, edits, *, after):
+    """Set the config's fields to what they are after (or were before) the step."""
+    for field, values in edits.items():
+        setattr(config, field, copy.deepcopy(values[1 if after else 0]))
+
+
+# What follows lets transformers load the checkpoint.
+
+
+def _base_config(data):
+    module = importlib.import_module(data["config_module"])
+    return getattr(module, data["config_class"])
+
+
+def _thin_config(data):
+    """A config class of the dense model's kind, which writes and reads itself as a thinned checkpoint."""
+    base = _base_config(data)
+
+    class LaminaConfig(base):
+        def to_dict(self):
+            return {**super().to_dict(), "model_type": "lamina"}
+
+        def to_diff_dict(self):
+            return {**super().to_diff_dict(), "model_type": "lamina", "lamina": self.lamina, "auto_map": self.auto_map}
+
+    LaminaConfig.model_type = base.model_type
+    return LaminaConfig
+
+
+class LaminaConfig(PreTrainedConfig):
+    """Entry point for AutoConfig: gives a config of the dense model's class that carries the receipts."""
+
+    model_type = "lamina"
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """Read config.json."""
+        kwargs.pop("_from_auto", None)
+        unused = kwargs.pop("return_unused_kwargs", False)
+        data, kwargs = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return cls.from_dict(data, return_unused_kwargs=unused, **kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """A config of the dense class from the data of config.json."""
+        data = {k: v for k, v in config_dict.items() if k != "model_type"}
+        return _thin_config(data["lamina"]).from_dict(data, **kwargs)
+
+
+class LaminaForCausalLM(PreTrainedModel, GenerationMixin):
+    """Entry point for AutoModelForCausalLM: builds the dense class's skeleton, replays the receipts, loads strictly."""
+
+    config_class = LaminaConfig
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
+        """Load the checkpoint; a missing, unexpected or mismatched tensor is an error."""
+        kwargs.pop("trust_remote_code", None)
+        kwargs.pop("_from_auto", None)
+        wanted = kwargs.pop("output_loading_info", False)
+        if config is None or not hasattr(config, "lamina"):
+            config = LaminaConfig.from_pretrained(pretrained_model_name_or_path)
+        model, info = _thin_model(config, cls).from_pretrained(
+            pretrained_model_name_or_path, *args, config=config, output_loading_info=True, **kwargs
+        )
+        wrong = {
+            k: sorted(map(str, info[k])) for k in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(k)
+        }
+        if wrong:
+            raise ValueError(f"{pretrained_model_name_or_path} is not the checkpoint its receipts describe: {wrong}")
+        return (model, info) if wanted else model
+
+    @classmethod
+    def from_config(cls, config, **kwargs):
+        """The thinned structure with random weights."""
+        return _thin_model(config, cls)._from_config(config, **kwargs)
+
+    _from_config = from_config
+
+
+def _thin_model(config, entry):
+    data = config.lamina
+    base = getattr(importlib.import_module(data["model_module"]), data["model_class"])
+
+    def __init__(self, config, *args, **kwargs):
+        for step in reversed(data["structure"]):
+            edit(_owned(config, step), step["config"], after=False)
+        base.__init__(self, config, *args, **kwargs)
+        replay(self, data["structure"])
+
+    name = "LaminaForCausalLM"
+    thin = type(name, (base,), {"__init__": __init__, "__module__": entry.__module__, "config_class": type(config)})
+    thin._auto_class = "AutoModelForCausalLM"
+    return thin
+
+
+def _owned(config, step):
+    """The config that the step edits: the model's own, or the nested one that its owner reads."""
+    for name in step.get("config_path", ()):
+        config = getattr(config, name)
+    return config
+
+
+def checkpoint_config(model, steps, receipts):
+    """`config.json` of a thinned model: the config as it is now, and under `lamina` all that the loader needs."""
+    data = model.config.to_dict()
+    data["lamina"] = {
+        "format": FORMAT,
+        "model_module": type(model).__module__,
+        "model_class": type(model).__name__,
+        "config_module": type(model.config).__module__,
+        "config_class": type(model.config).__name__,
+        "structure": steps,
+        "receipts": receipts,
+    }
+    data["architectures"] = ["LaminaForCausalLM"]
+    data["model_type"] = "lamina"
+    data["auto_map"] = {
+        "AutoConfig": "modeling_lamina.LaminaConfig",
+        "AutoModelForCausalLM": "modeling_lamina.LaminaForCausalLM",
+    }
+    data["transformers_version"] = transformers.__version__
+    return data
+
+
+def source():
+    """The text of this file."""
+    return Path(__file__).read_text(encoding="utf-8")

@@ -1,0 +1,243 @@
+"""What the command line shows: progress, tables, trees."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from lamina.core import registry
+from lamina.core.errors import InputError, did_you_mean
+
+if TYPE_CHECKING:
+    from lamina.core.documents import Evidence, EvidenceFile
+    from lamina.pipeline import Run
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def progress(run: Run) -> Iterator[None]:
+    """Show the run's progress: bars on a terminal, now and then a line elsewhere."""
+    run.say = lambda line: console.print(line, style="dim", markup=False)
+    if not console.is_terminal:
+        run.progress = _Lines().show
+        yield
+        return
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description:<12}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bars:
+        tasks: dict[str, Any] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            name = what.partition(":")[0]
+            if name not in tasks:
+                tasks[name] = bars.add_task(what, total=total)
+            bars.update(tasks[name], completed=done, total=total, description=what)
+            if done >= total:
+                bars.remove_task(tasks.pop(name))
+
+        run.progress = show
+        yield
+
+
+class _Lines:
+    """Progress where there is no terminal: at most one line in five seconds for each kind of work."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, float] = {}
+
+    def show(self, what: str, done: int, total: int) -> None:
+        """Print a line if it is time for one."""
+        now, name = time.monotonic(), what.partition(":")[0]
+        if now - self._last.get(name, -9e9) >= 5 or (done >= total and name in self._last):
+            self._last[name] = now
+            console.print(f"{what} {done}/{total}", markup=False)
+
+
+def _grid(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for place, column in enumerate(columns):
+        table.add_column(column, justify="left" if place == 0 else "right", no_wrap=place == 0)
+    return table
+
+
+def number(value: float, unit: str = "") -> str:
+    """Four significant digits, with k, M, G where it is long."""
+    if unit == "bytes":
+        for size, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+            if abs(value) >= size:
+                return f"{value / size:.4g} {name}"
+        return f"{value:.0f} B"
+    for size, name in ((1e9, "G"), (1e6, "M")):
+        if abs(value) >= size:
+            return f"{value / size:.4g} {name}"
+    return f"{value:.4g}"
+
+
+def interval(evidence: Evidence | None) -> str:
+    """A value with its 95 % interval."""
+    if evidence is None:
+        return ""
+    sign = "×" if evidence.of == "ratio" else "+" if evidence.of == "difference" and evidence.value >= 0 else ""
+    text = sign + number(evidence.value, evidence.unit)
+    if evidence.low is None or evidence.high is None:
+        return text
+    return f"{text} [{number(evidence.low, evidence.unit)}, {number(evidence.high, evidence.unit)}]"
+
+
+ROWS = (
+    ("perplexity", "perplexity", "ratio"),
+    ("loss", "loss, nats/token", "difference"),
+    ("kl", "KL from dense, nats/token", ""),
+    ("parameters", "parameters", "ratio"),
+    ("bytes", "bytes of weights", "ratio"),
+    ("kv_bytes", "KV bytes per token", "ratio"),
+    ("prefill", "prefill, tokens/s", "ratio"),
+    ("decode", "decode, tokens/s", "ratio"),
+    ("peak_memory", "peak memory", "ratio"),
+)
+
+
+def print_evidence(run: Run) -> None:
+    """Dense, thinned and what changed, with intervals; predicted against measured; no speed-up said plainly."""
+    found: EvidenceFile = run.evidence()
+    table = _grid("", "", "dense", "thinned", "change [95 %]")
+    for name, words, change in ROWS:
+        dense, thinned = found.get(name, "dense"), found.get(name)
+        if thinned is not None:
+            table.add_row(
+                words, interval(dense), interval(thinned), interval(found.get(name, change)) if change else ""
+            )
+    console.print(table)
+    expected, measured = found.get("expected_loss", "difference"), found.get("loss", "difference")
+    if expected is not None and measured is not None:
+        console.print(f"expected loss +{expected.value:.3f} nats/token, measured {measured.value:+.3f}")
+    for name in ("prefill", "decode"):
+        ratio = found.get(name, "ratio")
+        if ratio is not None and ratio.low is not None and ratio.low <= 1:
+            console.print(f"no speed-up of {name} is shown: {interval(ratio)}")
+    for line in found.notes:
+        console.print(line)
+
+
+def print_survey(run: Run) -> None:
+    """The lowest sites by every measure."""
+    from lamina.pipeline.table import read_survey
+
+    for name, scores in read_survey(run.path("survey.parquet")).items():
+        table = _grid(f"{name}{f', {scores.unit}' if scores.unit else ''}: lowest first", "site", "score", "±")
+        for site in scores.ranked()[:10]:
+            error = float(scores.stderr[site].mean()) if site in scores.stderr else float("nan")
+            table.add_row(site, number(scores[site]), number(error))
+        console.print(table)
+    console.print(str(run.path("survey.parquet")))
+
+
+def print_plan(run: Run) -> None:
+    """The steps with their reasons, and what the plan expects."""
+    plan = run.plan()
+    table = _grid("", "step", "sites", "why")
+    for step in plan.steps:
+        why = ", ".join(f"{k} {number(v)}" for k, v in step.why.items())
+        table.add_row(step.rewrite, " ".join(step.sites), why)
+    console.print(table)
+    console.print("expects " + ", ".join(f"{k} {number(v)}" for k, v in plan.expects.items()))
+    console.print(f"{run.path('plan.yaml')}: edit it if you like, then lamina apply {run.folder}")
+
+
+def print_anatomy(model: str, certify: bool, trust_remote_code: bool) -> None:
+    """The tree of a model's blocks and sublayers with their costs."""
+    from lamina.anatomy import Anatomy
+    from lamina.lab.load import load
+
+    anatomy = Anatomy.of(load(model, trust_remote_code=trust_remote_code).model)
+    certificate = anatomy.certify()
+    columns = ["site", "module", "parameters", "MACs/token", "KV B/token"]
+    table = _grid(model, *columns, *(["residual error"] if certify else []))
+    for site in anatomy.sites:
+        cost = anatomy.cost(site)
+        indent = "" if site.id in certificate.errors else "  "
+        error = [f"{certificate.errors[site.id]:.1e}" if site.id in certificate.errors else ""] if certify else []
+        costs = (number(cost.parameters), number(cost.macs), str(cost.kv_bytes or ""))
+        table.add_row(indent + site.id, site.path, *costs, *error)
+    console.print(table)
+    total = anatomy.total()
+    console.print(
+        f"{number(total.parameters)} parameters, {number(total.bytes, 'bytes')}, {number(total.macs)} MACs/token, "
+        f"{number(total.kv_bytes, 'bytes')} of KV per token"
+    )
+    console.print(
+        f"certified: input + branches = output in every block, to {certificate.worst:.1e} of its norm "
+        f"({certificate.dtype}, at most {certificate.tolerance:.0e})"
+    )
+
+
+def print_methods(role: str | None) -> None:
+    """All methods of one role, or of all."""
+    roles: Sequence[str] = ["recipe", *registry.ROLES]
+    if role is not None and role not in roles:
+        raise InputError(f"no role named {role!r}", hint=did_you_mean(role, roles))
+    for name in [role] if role else roles:
+        table = _grid(f"[bold]{name}[/bold]", "name", "what", "status", "paper")
+        for column in table.columns:
+            column.justify = "left"
+        if name == "recipe":
+            for key, row in registry.rows().items():
+                table.add_row(key, row.summary, str(row.status), row.paper.key if row.paper else "lamina")
+        else:
+            for key in registry.ROLES[name]:
+                card = registry.ROLES[name].card(key)
+                table.add_row(key, card.summary, str(card.status), card.paper.key if card.paper else "lamina")
+        console.print(table)
+        console.print()
+
+
+def print_method(name: str) -> None:
+    """All that is known of one method or recipe."""
+    shown = False
+    if name in registry.rows():
+        row, shown = registry.row(name), True
+        console.print(f"[bold]{name}[/bold] (recipe, {row.status}): {row.summary}")
+        parts = {"measure": row.measure or "none", "planner": row.planner, "rewrite": row.rewrite, "refit": row.refit}
+        _print_fields({**parts, **{f"planner.{k}": v for k, v in row.planner_options.items()}})
+        _print_origin(row.paper, row.deviations)
+    for role, entries in registry.ROLES.items():
+        if name in entries:
+            card, shown = entries.card(name), True
+            console.print(f"[bold]{name}[/bold] ({role}, {card.status}): {card.summary}")
+            _print_fields({o: f"{t} = {d}" for o, t, d in card.options})
+            _print_origin(card.paper, card.deviations)
+    if not shown:
+        known = [*registry.rows(), *(n for r in registry.ROLES.values() for n in r)]
+        raise InputError(f"no method named {name!r}", hint=did_you_mean(name, known))
+
+
+def _print_fields(fields: dict[str, Any]) -> None:
+    for key, value in fields.items():
+        console.print(f"  {key}: {value}", markup=False)
+
+
+def _print_origin(paper: Any, deviations: Sequence[str]) -> None:
+    for deviation in deviations:
+        console.print(f"  deviates: {deviation}", markup=False)
+    if paper is not None:
+        console.print(f"  {', '.join(paper.authors)} ({paper.year}). {paper.title}. {paper.link}", markup=False)

@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+
+def _literal() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("papers_literal", Path(__file__).with_name("literal.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def literal() -> ModuleType:
+    """The formulas written out."""
+    return _literal()
+
+
+@pytest.fixture(scope="session")
+def rows() -> SimpleNamespace:
+    """`rows.plan(name, lab, budget)`: what a recipe row chooses, as the pipeline puts it together."""
+    from lamina.core.registry import MEASURES, PLANNERS, row
+    from lamina.lab import Bench
+
+    def plan(name, lab, budget, **options):
+        entry = row(name)
+        measure = MEASURES.make(entry.measure, entry.measure_options) if entry.measure else None
+        scores = measure.measure(lab) if measure else None
+        kinds = {"kinds": entry.kinds} if entry.kinds else {}
+        planner = PLANNERS.make(entry.planner, {**entry.planner_options, **kinds, **options})
+        return planner.plan(scores, budget, lab.anatomy, Bench(lab, measure))
+
+    return SimpleNamespace(plan=plan)

@@ -2,8 +2,8 @@
 
     python benchmarks/damage.py [--tokens FILE.safetensors] [--texts 4] [--blocks] [options of the measure]
 
-Each text is 8 sequences of 256 tokens: of the shipped prose, or of `input_ids` [sequences, tokens] in FILE, 8 rows after
-8 rows. The truth takes half a forward per sublayer; the prediction about four.
+Each text is 8 sequences of 256 tokens: of the shipped prose, or of `input_ids` [sequences, tokens] in FILE.
+The truth takes half a forward per sublayer; the prediction about four.
 """
 
 from __future__ import annotations

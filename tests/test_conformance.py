@@ -19,7 +19,9 @@ def cases() -> Iterator[Any]:
             known = known_failures(method)
             for check in checks_for(role, method):
                 word = check.__name__.removeprefix("check_")
-                marks = [pytest.mark.xfail(strict=True, reason=known[check.__name__])] if check.__name__ in known else []
+                marks = (
+                    [pytest.mark.xfail(strict=True, reason=known[check.__name__])] if check.__name__ in known else []
+                )
                 yield pytest.param(method, check, id=f"{role}-{name}-{word}", marks=marks)
 
 

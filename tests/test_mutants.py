@@ -80,7 +80,9 @@ def job(folder: Path, number: int, edits: tuple[Any, ...], tests: list[str]) -> 
 def read(result: str) -> dict[str, str]:
     """The outcomes by test; none where the run never ended."""
     path = Path(result)
-    return json.loads(path.read_text())["outcomes"] if path.exists() else {"log": Path(result + ".log").read_text()[-2000:]}
+    if path.exists():
+        return json.loads(path.read_text())["outcomes"]
+    return {"log": Path(result + ".log").read_text()[-2000:]}
 
 
 @pytest.mark.timeout(900)

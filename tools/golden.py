@@ -22,8 +22,6 @@ MODEL = "smollm2-135m"
 LENGTH, SHORT = 128, 16
 BLOCKS = 3
 """Recipes drop as many parameters as this many blocks hold."""
-SLOW = ("finercut",)
-"""Picks that take a minute."""
 
 
 @cache
@@ -95,12 +93,17 @@ def recipes() -> list[str]:
     return [n for n, r in rows().items() if r.status is Status.STABLE]
 
 
-def searches(row: Row) -> bool:
-    """Whether the row's planner scores or judges anew."""
+def judges(row: Row) -> bool:
+    """Whether the row's planner tries candidates on the model: ten seconds to two minutes here."""
     from lamina.core.papers import Need
     from lamina.core.registry import PLANNERS
 
-    return PLANNERS.card(row.planner).needs is Need.ABLATION or "rescore" in row.planner_options
+    return PLANNERS.card(row.planner).needs is Need.ABLATION
+
+
+def searches(row: Row) -> bool:
+    """Whether the row's planner judges, or scores anew."""
+    return judges(row) or "rescore" in row.planner_options
 
 
 def picks(name: str) -> list[str]:

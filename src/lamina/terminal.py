@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from lamina.core.documents import Evidence, EvidenceFile
     from lamina.pipeline import Run
 
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 
 
 @contextmanager
@@ -76,21 +77,21 @@ class _Lines:
 def _grid(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for place, column in enumerate(columns):
-        table.add_column(column, justify="left" if place == 0 else "right", no_wrap=place == 0)
+        table.add_column(column, justify="left" if place == 0 else "right", no_wrap=place != 1)
     return table
 
 
 def number(value: float, unit: str = "") -> str:
-    """Four significant digits, with k, M, G where it is long."""
-    if unit == "bytes":
+    """Three significant digits or four, with k, M, G where it is long."""
+    if unit in ("B", "bytes"):
         for size, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
             if abs(value) >= size:
-                return f"{value / size:.4g} {name}"
+                return f"{value / size:.4g} {name}"
         return f"{value:.0f} B"
     for size, name in ((1e9, "G"), (1e6, "M")):
         if abs(value) >= size:
-            return f"{value / size:.4g} {name}"
-    return f"{value:.4g}"
+            return f"{value / size:.4g} {name}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def interval(evidence: Evidence | None) -> str:
@@ -101,7 +102,7 @@ def interval(evidence: Evidence | None) -> str:
     text = sign + number(evidence.value, evidence.unit)
     if evidence.low is None or evidence.high is None:
         return text
-    return f"{text} [{number(evidence.low, evidence.unit)}, {number(evidence.high, evidence.unit)}]"
+    return f"{text} [{number(evidence.low, evidence.unit)}–{number(evidence.high, evidence.unit)}]"
 
 
 ROWS = (

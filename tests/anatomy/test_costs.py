@@ -59,7 +59,9 @@ def test_products_are_the_flop_counter_s(name: str) -> None:
     for site in anatomy.of_kind(Kind.BLOCK):
         key = next(k for k in flops if k.endswith("." + site.path))
         assert anatomy.cost(site).macs == pytest.approx(sum(flops[key].values()) / 2 / tokens, rel=0.01)
-        assert sum(anatomy.cost(p).macs for p in anatomy.parts(site)) == pytest.approx(anatomy.cost(site).macs, rel=0.01)
+        assert sum(anatomy.cost(p).macs for p in anatomy.parts(site)) == pytest.approx(
+            anatomy.cost(site).macs, rel=0.01
+        )
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -173,7 +173,9 @@ def test_sets_of_sites(name: str) -> None:
 
 def test_unknown_sites_get_a_hint() -> None:
     anatomy = fresh("llama")[1]
-    with pytest.raises(InputError, match=r"block\.1\.attentoin: the model has no such site \(did you mean block\.1\.attention"):
+    with pytest.raises(
+        InputError, match=r"block\.1\.attentoin: the model has no such site \(did you mean block\.1\.attention"
+    ):
         anatomy.site("block.1.attentoin")
 
 

@@ -73,7 +73,12 @@ def test_a_bert_is_refused() -> None:
     from transformers import BertConfig, BertForMaskedLM
 
     config = BertConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=99, is_decoder=False
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        vocab_size=99,
+        is_decoder=False,
     )
     with pytest.raises(CertificateError, match=r"block\.0: the block's output is not its input plus branches"):
         Anatomy.of(lively(BertForMaskedLM(config)).eval())

@@ -33,7 +33,9 @@ def test_ablated_branches_are_not_computed(name: str) -> None:
     branch, block = bench.anatomy.branch(site), bench.model.get_submodule(bench.anatomy.block(site).path)
     inside = [m for p in (branch.core, *branch.own) for m in block.get_submodule(p).modules() if m.__class__.__module__]
     ran: list[str] = []
-    held = [m.register_forward_hook(lambda m, *_: ran.append(type(m).__name__)) for m in inside if not list(m.children())]
+    held = [
+        m.register_forward_hook(lambda m, *_: ran.append(type(m).__name__)) for m in inside if not list(m.children())
+    ]
     logits(bench.model, text())
     assert ran
     ran.clear()

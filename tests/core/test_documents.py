@@ -69,9 +69,13 @@ RECIPES = st.builds(
 )
 MODELS = st.builds(ModelRef, name=WORDS, fingerprint=WORDS)
 STEPS = st.builds(Step, rewrite=WORDS, sites=SITES, options=OPTIONS, why=WHY)
-PLANS = st.builds(Plan, model=MODELS, recipe=WORDS, budget=BUDGETS, steps=st.lists(STEPS, max_size=3).map(tuple), expects=WHY)
+PLANS = st.builds(
+    Plan, model=MODELS, recipe=WORDS, budget=BUDGETS, steps=st.lists(STEPS, max_size=3).map(tuple), expects=WHY
+)
 RECEIPT = st.builds(Receipt, rewrite=WORDS, sites=SITES, before=COSTS, after=COSTS, structure=OPTIONS, options=OPTIONS)
-RECEIPTS = st.builds(Receipts, model=MODELS, plan=WORDS, receipts=st.lists(RECEIPT, max_size=3).map(tuple), healed=OPTIONS)
+RECEIPTS = st.builds(
+    Receipts, model=MODELS, plan=WORDS, receipts=st.lists(RECEIPT, max_size=3).map(tuple), healed=OPTIONS
+)
 EVIDENCE = st.builds(
     Evidence,
     name=WORDS,

@@ -96,9 +96,10 @@ def test_a_full_disk_is_one_clear_line(
     path = tmp_path / "out"
     if before == "something":
         put(path, kind, "old")
-    with monkeypatch.context() as patch, pytest.raises(InputError) as caught:
+    with monkeypatch.context() as patch:
         patch.setattr(*where, full)
-        put(path, kind, "new")
+        with pytest.raises(InputError) as caught:
+            put(path, kind, "new")
     assert "No space left on device" in str(caught.value)
     assert str(caught.value).startswith(str(path))
     assert "\n" not in str(caught.value)
@@ -113,9 +114,14 @@ def test_a_full_disk_is_one_clear_line(
 def test_an_error_inside_leaves_the_old_file(tmp_path: Path, error: type[BaseException]) -> None:
     path = tmp_path / "out"
     put(path, "folder", "old")
-    with pytest.raises(error), atomic(path) as draft:
-        draft.mkdir()
-        raise error("stop")
+
+    def stop() -> None:
+        with atomic(path) as draft:
+            draft.mkdir()
+            raise error("stop")
+
+    with pytest.raises(error):
+        stop()
     assert names(tmp_path) == ["out"]
     assert (path / "a").read_text() == "old"
 

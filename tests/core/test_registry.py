@@ -23,7 +23,6 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_ROWS", dict(registry._ROWS))
 
 
-
 @dataclass(frozen=True, kw_only=True)
 class Thing:
     """Says nothing of anything.

@@ -235,6 +235,15 @@ def test_the_card_says_what_was_done_and_how_to_load_it(sites: tuple[str, ...], 
     assert "licence applies" in text
 
 
+def test_the_card_tells_what_is_gone_from_what_is_changed(tmp_path: Path) -> None:
+    model, receipt = thinned("llama", BLOCK)
+    other = Receipt(rewrite="refit", sites=("block.0.mlp",), before=receipt.after, after=receipt.after)
+    save_checkpoint(model, [receipt, other], None, tmp_path / "out", name="dense")
+    text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "without `block.1`, made by lamina" in text
+    assert "Changed by refit: `block.0.mlp`." in text
+
+
 def test_what_the_loader_can_not_replay_is_named() -> None:
     fine = Receipt(
         rewrite="drop", sites=("block.1",), before=Cost(), after=Cost(), structure={"steps": [{"kind": "drop"}]}

@@ -86,7 +86,9 @@ def test_every_single_site_from_two_bases(name: str) -> None:
         judge.rebase(base)
         for site in sites:
             wanted = frozenset({*base, site})
-            assert judge.value(wanted) == pytest.approx(oracle(name, "kl", wanted, list(text(3, 9))), rel=2e-3, abs=2e-6)
+            assert judge.value(wanted) == pytest.approx(
+                oracle(name, "kl", wanted, list(text(3, 9))), rel=2e-3, abs=2e-6
+            )
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_neox"])
@@ -145,7 +147,9 @@ def brute_force(bench: Lab, rounds: int) -> tuple[list[str], int]:
         values = []
         for option in options:
             with bench.ablate([*gone, option]):
-                each = [v for r, d in zip(text(3, 9), dense, strict=True) for v in literal("js", d, one(bench.model, r), r)]
+                each = [
+                    v for r, d in zip(text(3, 9), dense, strict=True) for v in literal("js", d, one(bench.model, r), r)
+                ]
             values.append(math.fsum(each) / len(each))
             runs += 1
         gone.append(options[values.index(min(values))])

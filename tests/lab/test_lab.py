@@ -133,7 +133,9 @@ def test_progress_is_told() -> None:
     assert told == [("survey", 4, 6), ("survey", 6, 6)]
 
 
-@pytest.mark.parametrize("bad", [torch.zeros(5, dtype=torch.long), torch.zeros(0, 5, dtype=torch.long), torch.zeros(3, 1), []])
+@pytest.mark.parametrize(
+    "bad", [torch.zeros(5, dtype=torch.long), torch.zeros(0, 5, dtype=torch.long), torch.zeros(3, 1), []]
+)
 def test_what_is_no_text_is_refused(bad: Any) -> None:
     model, anatomy, _ = fresh("llama")
     with pytest.raises(InputError, match="text"):

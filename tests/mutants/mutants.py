@@ -152,7 +152,8 @@ MUTANTS = (
     mutant(
         "the norm of a dropped sublayer left in",
         "rewrites/structure.py",
-        '        for path in branch["own"]:\n            block.set_submodule(path, nn.Identity())\n',
+        '        for path in branch["own"]:\n'
+        "            block.set_submodule(path, nn.Identity().train(block.training))\n",
         "",
         "rewrite-drop-forecast_is_the_fact",
         "tests/rewrites/test_structure.py::test_a_dropped_sublayer_costs_nothing",

@@ -1,4 +1,4 @@
-"""Run selected tests on copies of the package: `python run.py JOBS.json`. Each job is a fork, so torch is imported once.
+"""Run selected tests on copies of the package: `python run.py JOBS.json`. Each job is a fork: torch comes in once.
 
 A job is {"source": the folder that holds the package, "tests": [node ids], "result": file}; the result lists the tests
 by outcome. Nothing of the package is imported before the fork.
@@ -40,7 +40,8 @@ def run_one(job: dict[str, Any]) -> None:
     os.dup2(sink, 1)
     os.dup2(sink, 2)
     outcomes = Outcomes()
-    options = ["-q", "-p", "no:cacheprovider", "--tb=line", "--assert=plain", "-o", f"pythonpath={job['source']}", "-m", ""]
+    options = ["-q", "-p", "no:cacheprovider", "--tb=line", "--assert=plain", "-m", ""]
+    options += ["-o", f"pythonpath={job['source']}"]
     code = pytest.main([*options, *job["tests"]], plugins=[outcomes])
     found = sys.modules["lamina"].__file__ or ""
     assert found.startswith(job["source"]), f"{found} is not the copy"

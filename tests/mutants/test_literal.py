@@ -18,7 +18,9 @@ def test_token_means_are_literal() -> None:
     sums: dict[str, list[float]] = {}
     for row in rows():
         alone = lab_on([{"input_ids": row.unsqueeze(0)}])
-        for site, value in alone.stream([PerToken("norm", sorted(kinds), lambda taps: taps.ff.sqrt())])[0].values.items():
+        for site, value in alone.stream([PerToken("norm", sorted(kinds), lambda taps: taps.ff.sqrt())])[
+            0
+        ].values.items():
             sums.setdefault(site, []).append(float(value[0]) * len(row))
     tokens = sum(len(r) for r in rows())
     for site, values in sums.items():

@@ -1,5 +1,6 @@
-"""The published formulas written out on transformers' own outputs and hand-placed hooks: slow, and without lamina's anatomy.
+"""The published formulas written out on transformers' own outputs and hand-placed hooks.
 
+Slow, and without lamina's anatomy.
 All arithmetic on what the model returned is float64.
 """
 
@@ -70,7 +71,7 @@ def taken(args: Any, kwargs: Any) -> Tensor:
 def pairs(model: nn.Module, name: str, ids: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """(stream before, stream after) of every block and sublayer, float64 [sequences, tokens, width], by site id.
 
-    A serial block's stream is what its norms receive and what the block returns; branches of a parallel one are added by hand.
+    A serial block's stream is what its norms receive and what it returns; branches of a parallel one are added here.
     """
     places, seen, handles = PLACES[name], {}, []
     mlp_name = MLP_NAME.get(name, "mlp")

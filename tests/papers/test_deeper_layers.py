@@ -1,4 +1,4 @@
-"""Deeper Layers' angular distance (arXiv 2403.17887) against its formula, at the last tokens, over all runs of blocks."""
+"""Deeper Layers' angular distance (arXiv 2403.17887) against its formula: last tokens, all runs of blocks."""
 
 from __future__ import annotations
 

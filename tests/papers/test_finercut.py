@@ -1,4 +1,4 @@
-"""FinerCut (arXiv 2405.18218) against the double loop over all candidates, with whole forwards and masks on the projections."""
+"""FinerCut (arXiv 2405.18218) against the double loop: all candidates, whole forwards, masks on the projections."""
 
 from __future__ import annotations
 

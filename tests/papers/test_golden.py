@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import golden
 import numpy as np
 import pytest
 
+import golden
 from lamina.core.registry import row
 
 RELATIVE = 1e-3
@@ -52,7 +52,7 @@ def test_measure(name: str) -> None:
 
 
 def marked(name: str) -> Any:
-    return pytest.param(name, marks=[pytest.mark.slow] if golden.searches(row(name)) else [])
+    return pytest.param(name, marks=[pytest.mark.slow] if golden.judges(row(name)) else [])
 
 
 @pytest.mark.real

@@ -1,4 +1,4 @@
-"""Greedy against double loops: SLEB's (arXiv 2402.09025) by the loss, lamina's own by the divergence per unit of the budget."""
+"""Greedy against double loops: SLEB's (arXiv 2402.09025) by the loss, lamina's own by divergence per parameter."""
 
 from __future__ import annotations
 

@@ -261,7 +261,7 @@ def test_contiguous_is_the_literal_search(seed: int, name: str, budget: Budget, 
 
 
 def test_contiguous_reads_column_n_minus_1() -> None:
-    """The official block dropping of LLM-Drop reads column n, which is the gap n + 1: the least there is another run."""
+    """The official block dropping of LLM-Drop reads column n, the gap n + 1: the least there is another run."""
     spans = {"block.0": [9, 5, 1, 9], "block.1": [9, 2, 9], "block.2": [9, 6], "block.3": [9]}
     scores = scored({}, spans)
     assert run_of(scores, Budget(metric="blocks", drop=2)) == ("block.1", "block.2")

@@ -69,7 +69,7 @@ def stored(module: Any) -> Tensor:
 
 @torch.no_grad()
 def seen(model: nn.Module, name: str, ids: Tensor, gone: set[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Inputs of every projection and the stream after it, flat over tokens, with the outputs of `gone` masked to zero."""
+    """Inputs of every projection and the stream after it, flat over tokens; outputs of `gone` are masked to zero."""
     inputs, adds, entering, handles = {}, {}, {}, []
 
     def projected(site: str) -> Any:

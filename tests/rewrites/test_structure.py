@@ -1,4 +1,4 @@
-"""What is dropped is gone: structure, config, cache; rebuilt by the file that travels, which knows neither lamina nor a model."""
+"""What is dropped is gone: structure, config, cache; rebuilt by the file that travels, which knows no lamina."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_another_checkpoint_s_weights_are_refused(harm: str, tmp_path: Path) -> 
     else:
         weights[key] = weights[key][:-1].clone()
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises((ValueError, RuntimeError), match="mlp|mlq|mismatch"):
+    with pytest.raises((ValueError, RuntimeError), match=r"mlp|mlq|mismatch"):
         structure.LaminaForCausalLM.from_pretrained(tmp_path)
 
 
@@ -213,6 +213,7 @@ def test_a_group_is_one_layer() -> None:
         _ = group.nothing
     assert structure.flat([group, Block(5)])[-1].by == 5
     assert len(structure.flat([group, Block(5)])) == 3
+
     class Keyed(nn.Module):
         def forward(self, *, hidden: torch.Tensor) -> torch.Tensor:
             return hidden + 1

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, cast
 
 from lamina.core.errors import InputError, did_you_mean
 from lamina.core.files import read_data, to_json, to_yaml, write_text
@@ -53,7 +53,8 @@ class Document:
         name = cls.__name__.lower()
         if not isinstance(data, Mapping):
             raise InputError(f"a {name} is a mapping of keys, not {type(data).__name__}", where=where)
-        if (given := data.get("lamina", FORMAT)) != FORMAT:
+        given = cast("Mapping[str, Any]", data).get("lamina", FORMAT)
+        if given != FORMAT:
             hint = (
                 "a newer lamina may read it" if isinstance(given, int) and given > FORMAT else f"write lamina: {FORMAT}"
             )
@@ -157,8 +158,8 @@ class Data(Document):
     calibration: str = "default"
     heldout: str = "default"
     column: str = "text"
-    length: int = 256
-    sequences: int = 16
+    length: int = 512
+    sequences: int = 32
     heldout_sequences: int = 32
 
 

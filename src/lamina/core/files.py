@@ -136,8 +136,8 @@ class _Loader(yaml.SafeLoader):
 
 def _construct(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     loader.flatten_mapping(node)
-    pairs = cast("list[tuple[yaml.Node, yaml.Node]]", node.value)
-    return _unique([(loader.construct_object(k, deep=True), loader.construct_object(v, deep=True)) for k, v in pairs])
+    build: Any = cast("Any", loader).construct_object
+    return _unique([(build(key, deep=True), build(value, deep=True)) for key, value in cast("Any", node).value])
 
 
 _Loader.add_constructor("tag:yaml.org,2002:map", _construct)

@@ -53,11 +53,18 @@ def version() -> str:
 
 
 def _done(facts: Facts, title: str) -> str:
-    sites = [site for receipt in facts.receipts for site in receipt.sites]
-    named = ", ".join(f"`{s}`" for s in sites[:SHOWN])
+    gone = [site for receipt in facts.receipts if receipt.rewrite == "drop" for site in receipt.sites]
+    what = f"without {_named(gone)}" if gone else "with nothing taken out"
+    line = f"{title} ({facts.architecture}) {what}, made by lamina {version()}."
+    for rewrite in dict.fromkeys(r.rewrite for r in facts.receipts if r.rewrite != "drop"):
+        sites = [site for receipt in facts.receipts if receipt.rewrite == rewrite for site in receipt.sites]
+        line += f" Changed by {rewrite}: {_named(sites)}."
+    return line
+
+
+def _named(sites: list[str]) -> str:
     more = f" and {len(sites) - SHOWN} more" if len(sites) > SHOWN else ""
-    what = f"without {named}{more}" if sites else "with nothing taken out"
-    return f"{title} ({facts.architecture}) {what}, made by lamina {version()}."
+    return ", ".join(f"`{s}`" for s in sites[:SHOWN]) + more
 
 
 def _table(facts: Facts) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lamina.core.errors import LaminaError
 from lamina.core.files import to_json, write_text
@@ -31,11 +31,16 @@ class Bench:
         with self.lab.ablate(gone):
             return self.measure.measure(self.lab)
 
-    def judge(self, metric: str = "kl", **options: Any) -> Judge:
-        """A judge of that metric; what the journal knows is not computed again."""
-        key = json.dumps([metric, options], sort_keys=True)
+    def judge(
+        self, metric: str = "kl", *, sequences: int | None = None, length: int | None = None, batch_size: int = 1
+    ) -> Judge:
+        """A judge of that metric on some sequences, evenly chosen (None: all); what the journal knows is not computed
+        again.
+        """
+        key = json.dumps([metric, sequences, length, batch_size])
         if key not in self._judges:
-            judge = Judge(self.lab, metric, **options)
+            lab = self.lab if sequences is None else self.lab.part(sequences, length)
+            judge = Judge(lab, metric, batch_size=batch_size)
             judge.remember(self._read(key))
             self._judges[key] = judge
         return self._judges[key]

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,17 +20,17 @@ from torch import Tensor
 from lamina.anatomy.parts import Block
 from lamina.anatomy.trial import inputs_recorded, shorted, silenced
 from lamina.anatomy.watch import watch_blocks
-from lamina.core.errors import InputError, UnsupportedError, did_you_mean
+from lamina.core.errors import InputError, LaminaError, UnsupportedError, did_you_mean
 from lamina.lab.lab import Batch, Lab, real
 from lamina.maths import divergence
 from lamina.maths.moments import Mean
 
-Metric = Callable[[Tensor, Tensor], Tensor]
-METRICS: dict[str, Metric] = {
-    "kl": divergence.kl,
-    "js": divergence.js,
-    "js-reversed": divergence.js_reversed,
+METRICS: dict[str, Callable[[Tensor], Callable[[Tensor], Tensor]]] = {
+    "kl": divergence.KLFrom,
+    "js": lambda reference: partial(divergence.js, reference),
+    "js-reversed": lambda reference: partial(divergence.js_reversed, reference),
 }
+"""Name → function of the dense logits that gives a function of the thinned ones, per position."""
 Candidate = frozenset[str]
 
 
@@ -39,7 +40,7 @@ class _Case:
 
     batch: Batch
     calls: list[tuple[tuple[Any, ...], Mapping[str, Any]]]
-    reference: Tensor
+    compare: Callable[[Tensor], Tensor]
     valid: Tensor
     states: list[Tensor] = field(default_factory=list[Tensor])
     added: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
@@ -61,6 +62,8 @@ class Judge:
         self.stack = lab.anatomy.stacks[0]
         self.base: Candidate = frozenset()
         self._known: dict[Candidate, float] = {}
+        self.estimates: dict[Candidate, float] = {}
+        """What is known of every candidate tried: its value, or the mean over the sequences that were heard."""
         self._cases = [self._case(b) for batch in lab.batches for b in _split(batch, batch_size)]
         self._positions = sum(int(c.valid.sum()) for c in self._cases)
 
@@ -79,17 +82,16 @@ class Judge:
             logits = self.lab.forward(batch)
         mask = real(batch).to(logits.device)
         valid = mask[:, 1:] & mask[:, :-1] if self.metric == "loss" else mask
-        reference = self._reference(logits, batch)
-        case = _Case(
-            batch, [_without_stream(c, b) for c, b in zip(calls, self.stack.blocks, strict=True)], reference, valid
-        )
+        made = [_without_stream(c, b) for c, b in zip(calls, self.stack.blocks, strict=True)]
+        case = _Case(batch, made, self._comparison(logits, batch), valid)
         case.states = [_stream(c, b) for c, b in zip(calls, self.stack.blocks, strict=True)]
         return case
 
-    def _reference(self, logits: Tensor, batch: Batch) -> Tensor:
-        if self.metric == "loss":
-            return divergence.nll(logits[:, :-1], batch["input_ids"][:, 1:]).double()
-        return logits
+    def _comparison(self, logits: Tensor, batch: Batch) -> Callable[[Tensor], Tensor]:
+        if self.metric != "loss":
+            return METRICS[self.metric](logits)
+        dense = divergence.nll(logits[:, :-1], batch["input_ids"][:, 1:]).double()
+        return lambda new: divergence.nll(new[:, :-1], batch["input_ids"][:, 1:]).double() - dense
 
     def value(self, gone: Iterable[str]) -> float:
         """The metric with exactly these sublayers gone (blocks may be named too)."""
@@ -110,12 +112,15 @@ class Judge:
     def _value(self, gone: Candidate, limit: float) -> float | None:
         """The metric, or None as soon as it is certain to exceed `limit`."""
         if gone in self._known:
+            self.estimates[gone] = self._known[gone]
             return self._known[gone]
         if not gone:
             return 0.0
-        total = 0.0
+        total, heard = 0.0, 0
         for case in self._cases:
             total += float(self._divergence(case, gone).sum())
+            heard += int(case.valid.sum())
+            self.estimates[gone] = total / heard
             if self.metric != "loss" and total / self._positions > limit:
                 return None
         self._known[gone] = total / self._positions
@@ -127,11 +132,7 @@ class Judge:
         first, final = self._run(case, gone)
         with shorted(self.lab.model, self.stack, lambda: final):
             logits = self.lab.forward(case.batch, skipped=first)
-        if self.metric == "loss":
-            per_token = divergence.nll(logits[:, :-1], case.batch["input_ids"][:, 1:]).double() - case.reference
-        else:
-            per_token = METRICS[self.metric](case.reference, logits).double()
-        return per_token * case.valid
+        return case.compare(logits).double() * case.valid
 
     def _run(self, case: _Case, gone: Candidate, keep: list[Tensor] | None = None) -> tuple[int, Tensor]:
         """Blocks that were not evaluated, and the final stream, with `gone` gone; starts where the base differs."""
@@ -238,13 +239,15 @@ class Judge:
         order = sorted(range(len(known)), key=lambda i: hint[i]) if hint is not None else range(len(known))
         winner, least, found = -1, math.inf, math.inf
         for place in order:
-            limit = level + least * scale[place] if winner >= 0 else math.inf
+            limit = (level + least * scale[place]) * (1 + 1e-12) if winner >= 0 else math.inf
             value = self._value(known[place], limit)
             if value is None:
                 continue
             price = (value - level) / scale[place]
             if price < least or (price == least and place < winner):
                 winner, least, found = place, price, value
+        if winner < 0:
+            raise LaminaError(f"the {self.metric} is not a number for any candidate", hint="try --dtype float32")
         return winner, found
 
 

@@ -52,7 +52,7 @@ class Counts:
 class Lab:
     """A model, its anatomy and a text of token ids [sequences, tokens] (or batches of model inputs).
 
-    `model` is used as it is and left as it was; only rewrites change it.
+    `model` is put into evaluation mode; else it is left as it was, and only rewrites and healers change it.
     """
 
     def __init__(
@@ -107,6 +107,15 @@ class Lab:
     def on(self, text: Tensor | Sequence[Batch], **options: Any) -> Lab:
         """The same model on another text."""
         return Lab(self.model, text, anatomy=self.anatomy, seed=self.seed, progress=self.progress, **options)
+
+    def part(self, sequences: int, length: int | None = None) -> Lab:
+        """The same model and counters on at most so many sequences of the text, evenly chosen, cut to `length`."""
+        singles = [{k: v[i : i + 1, :length] for k, v in b.items()} for b in self.batches for i in range(len(real(b)))]
+        count = min(sequences, len(singles))
+        chosen = [singles[i * len(singles) // count] for i in range(count)]
+        part = self.on(chosen)
+        part.counts = self.counts
+        return part
 
     def forward(self, batch: Batch, *, head: bool = True, skipped: int = 0) -> Tensor:
         """Logits [batch, tokens, vocabulary]; without the head, the last hidden states.

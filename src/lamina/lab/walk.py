@@ -68,7 +68,8 @@ class Walk:
     @torch.no_grad()
     def look(self, branch: Branch, without: Iterable[str] = ()) -> tuple[list[Tensor], list[Tensor]]:
         """Run the block without some more of its branches and stay: the streams, and the inputs of the last map of
-        `branch` [batch, tokens, features]."""
+        `branch` [batch, tokens, features].
+        """
         _, streams, inputs = self._run(self.gone | set(without), branch)
         return streams, inputs
 

@@ -31,6 +31,23 @@ def _mixture(p: Tensor, q: Tensor) -> Tensor:
     return torch.maximum(p, q) + torch.log1p(torch.expm1(-(p - q).abs()) / 2)
 
 
+class KLFrom:
+    """KL(p‖q) from one reference to many logits: the reference's softmax is computed once.
+
+    `reference` [..., vocabulary]; calling it with logits of the same shape gives [...], in nats.
+    """
+
+    def __init__(self, reference: Tensor) -> None:
+        log_p = torch.log_softmax(reference.float(), -1)
+        self.p = log_p.exp()
+        self.negentropy = (self.p * log_p).sum(-1)
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """KL from the reference to `logits`, per position."""
+        z = logits.float()
+        return (self.negentropy - torch.linalg.vecdot(self.p, z) + torch.logsumexp(z, -1)).clamp_min(0.0)
+
+
 def nll(logits: Tensor, labels: Tensor) -> Tensor:
     """-log softmax(logits)[label]: [..., vocabulary] and [...] → [...]."""
     flat = torch.nn.functional.cross_entropy(

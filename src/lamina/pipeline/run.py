@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +29,13 @@ if TYPE_CHECKING:
     from lamina.lab.texts import Tokens
 
 Progress = Callable[[str, int, int], None]
-PARTS = {"recipe": "recipe.yaml", "plan": "plan.yaml", "survey": "survey.parquet", "receipts": "receipts.json"}
+MADE = ("plan.yaml", "receipts.json", "model")
+"""What a run has decided and done: while there is none of it, another recipe may take the folder over."""
+RESULTS = ("evidence.json", "model.gguf", "report.html")
+"""What is known of `model/`, and goes when another checkpoint is published."""
+SMALL = 1 << 20
+"""Bytes up to which a file of a published folder is read to tell whether it was changed."""
+UNWRITABLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM})
 
 
 def quiet(what: str, done: int, total: int) -> None:
@@ -41,6 +48,7 @@ class Run:
 
     `model` is the dense model where the user gave one in memory. A verb is done when `.state/VERB.json` names the
     fingerprint of its inputs and its outputs are there; a killed verb has left no such note and is run again.
+    `receipts.json` is there only while it tells what `model/` is: it goes before a checkpoint is replaced.
     """
 
     folder: Path
@@ -50,6 +58,7 @@ class Run:
     progress: Progress = quiet
     say: Callable[[str], None] = lambda line: None
     _thinned: nn.Module | None = field(default=None, repr=False)
+    _unsaved: bool = field(default=False, repr=False)
 
     @classmethod
     def open(cls, folder: Path | str, **options: Any) -> Run:
@@ -64,26 +73,40 @@ class Run:
 
     @classmethod
     def start(cls, folder: Path | str, recipe: Recipe, **options: Any) -> Run:
-        """Begin a run, or take it up where the folder holds the same recipe; another recipe is an error."""
+        """Begin a run, or take it up where the folder holds the same recipe.
+
+        Nothing is written before the first verb has something to do. Raises InputError for a folder that holds other
+        things, or a plan of another recipe.
+        """
         folder = Path(folder)
         path = folder / "recipe.yaml"
         if folder.exists() and not folder.is_dir():
             raise InputError("a run needs a folder, and this is a file", where=folder)
-        if path.is_file():
-            if Recipe.load(path) != recipe:
-                raise InputError("the folder holds a run of another recipe", where=folder, hint="choose another --out")
-        elif folder.exists() and any(folder.iterdir()):
+        if not path.is_file() and folder.exists() and any(not _left(p) for p in folder.iterdir()):
             raise InputError("the folder is not empty and holds no run", where=folder, hint="choose another --out")
-        if not path.is_file():
-            write_text(path, to_yaml(recipe.to_data()))
-        sweep(folder)
-        return cls(folder, recipe, **options)
+        same = path.is_file() and Recipe.load(path) == recipe
+        if not same and path.is_file() and any((folder / name).exists() for name in MADE):
+            hint = f"choose another --out, or change this run: lamina plan {folder} --keep …"
+            raise InputError("the folder holds a run of another recipe", where=folder, hint=hint)
+        run = cls(folder, recipe, **options)
+        run._unsaved = not same
+        if same:
+            sweep(folder)
+        return run
+
+    def begin(self) -> None:
+        """Make the folder and write the recipe, if that is still to be done."""
+        if self._unsaved:
+            write_text(self.folder / "recipe.yaml", to_yaml(self.recipe.to_data()))
+            sweep(self.folder)
+            self._unsaved = False
 
     def change(self, **changes: Any) -> None:
         """Change the recipe; what stands on the old one is found out of date by its verb."""
         if changes:
             self.recipe = dataclasses.replace(self.recipe, **changes)
-            write_text(self.folder / "recipe.yaml", to_yaml(self.recipe.to_data()))
+            self._unsaved = True
+            self.begin()
 
     def path(self, name: str) -> Path:
         """A file of the run folder."""
@@ -92,53 +115,78 @@ class Run:
     @cached_property
     def state(self) -> Path:
         """Where notes on done verbs and half-done work are kept."""
+        self.begin()
         path = self.folder / ".state"
-        path.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _unwritable(path, error) from error
         sweep(path)
         return path
 
     def log(self, line: str) -> None:
-        """One line to log.txt, with the time."""
-        with (self.folder / "log.txt").open("a", encoding="utf-8") as file:
+        """One line to log.txt, with the time; a disk that takes no more of it is not its business."""
+        self.begin()
+        with contextlib.suppress(OSError), (self.folder / "log.txt").open("a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
-    @contextmanager
-    def verb(self, name: str, inputs: Sequence[object], outputs: Sequence[str]) -> Iterator[bool]:
-        """Yields whether there is work to do; on a good end the verb is noted as done."""
-        note = self.state / f"{name}.json"
-        wanted = {"inputs": fingerprint(*inputs)}
-        if self.done(name, wanted["inputs"], outputs):
+    @contextlib.contextmanager
+    def verb(self, name: str, inputs: Sequence[object], outputs: Sequence[str], **facts: Any) -> Iterator[bool]:
+        """Yields whether there is work to do; on a good end the verb is noted as done, with `facts`.
+
+        Raises InputError where the disk takes no more.
+        """
+        mark = fingerprint(*inputs)
+        if self.done(name, mark, outputs):
             self.say(f"{name}: done already")
+            self.log(f"{name}: done already")
             yield False
             return
+        self.begin()
         self.log(f"{name} begins")
         began = time.monotonic()
-        yield True
-        prints = {o: _print(self.folder / o) for o in outputs if (self.folder / o).exists()}
-        write_text(note, to_json({**wanted, "outputs": prints}))
+        try:
+            yield True
+        except OSError as error:
+            if error.errno in UNWRITABLE:
+                raise _unwritable(error.filename or self.folder, error) from error
+            raise
+        self._note(name, {"inputs": mark, **facts}, outputs)
         self.log(f"{name} done in {time.monotonic() - began:.1f} s")
 
+    def _note(self, name: str, facts: Mapping[str, Any], outputs: Sequence[str]) -> None:
+        prints = {o: _print(self.folder / o) for o in outputs if (self.folder / o).exists()}
+        write_text(self.state / f"{name}.json", to_json({**facts, "outputs": prints}))
+
+    def hand_on(self, name: str) -> None:
+        """Note that what a verb put out has been taken further: as it stands now, that verb is still done."""
+        known = self.noted(name)
+        if known is not None:
+            self._note(name, known, list(known["outputs"]))
+
     def done(self, name: str, inputs: str, outputs: Sequence[str]) -> bool:
-        """Whether the verb was run on these inputs and its outputs are there, unchanged or edited by hand."""
-        note = self.state / f"{name}.json"
-        try:
-            known = json.loads(note.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        """Whether the verb was run on these inputs and its outputs are there, unchanged or (a plan) edited by hand."""
+        known = self.noted(name)
+        if known is None or known.get("inputs") != inputs or not all((self.folder / o).exists() for o in outputs):
             return False
-        if known.get("inputs") != inputs or not all((self.folder / o).exists() for o in outputs):
-            return False
-        changed = [o for o in outputs if _print(self.folder / o) != known["outputs"].get(o)]
-        if changed and name == "plan":
-            self.say("plan: edited by hand, taken as it is")
+        if not self.changed(name):
             return True
-        return not changed
+        if name == "plan":
+            self.say("plan: edited by hand, taken as it is")
+        return name == "plan"
+
+    def changed(self, name: str) -> bool:
+        """Whether something that a verb put out is not what it was then."""
+        known = self.noted(name) or {}
+        return any(_print(self.folder / o) != mark for o, mark in known.get("outputs", {}).items())
 
     def noted(self, name: str) -> Mapping[str, Any] | None:
         """What is noted of a verb, if anything."""
         try:
-            return json.loads((self.state / f"{name}.json").read_text(encoding="utf-8"))
+            known = json.loads((self.folder / ".state" / f"{name}.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
+        return known if isinstance(known, dict) and isinstance(known.get("outputs"), dict) else None
 
     # What the verbs work on, loaded when first needed.
 
@@ -218,26 +266,48 @@ class Run:
         if self._thinned is None:
             from lamina.lab.load import load
 
-            if not (self.path("model") / "config.json").is_file():
-                raise InputError("model/ is missing", where=self.folder, hint="run lamina apply first")
+            if not ((self.path("model") / "config.json").is_file() and self.path("receipts.json").is_file()):
+                raise InputError("model/ or its receipts are missing", where=self.folder, hint="run lamina apply first")
             dtype = str(next(self.loaded.model.parameters()).dtype).removeprefix("torch.")
             found = load(self.path("model"), dtype=dtype, device=self.recipe.device, trust_remote_code=True)
             self._thinned = found.model
         return self._thinned
 
-    def adopt(self, model: nn.Module) -> None:
-        """Use this as the thinned model from now on."""
+    def adopt(self, model: nn.Module | None) -> None:
+        """Use this as the thinned model from now on; None: what `model/` holds, read again when needed."""
         self._thinned = model
 
-    def publish(self, draft: Path) -> None:
-        """Put a checked checkpoint in the place of `model/`."""
-        with atomic(self.path("model")) as place:
-            shutil.move(str(draft), place)
+    def publish(self, draft: Path, receipts: Receipts) -> None:
+        """Put a checked checkpoint in the place of `model/`, and its receipts beside it.
+
+        The receipts are on the disk before the old ones go, and take their place last: a kill in between leaves a
+        folder without receipts, in which `apply` begins anew.
+        """
+        with atomic(self.path("receipts.json")) as written:
+            written.write_text(to_json(receipts.to_data()), encoding="utf-8")
+            for name in ("receipts.json", *RESULTS):
+                self.path(name).unlink(missing_ok=True)
+            with atomic(self.path("model")) as place:
+                shutil.move(str(draft), place)
+
+
+def _left(path: Path) -> bool:
+    """Whether this is what a kill leaves of a run that had only begun."""
+    return path.match(".recipe.yaml.*.tmp")
+
+
+def _unwritable(where: object, error: OSError) -> InputError:
+    hint = "make room, then the same command goes on from here"
+    return InputError(f"can't write: {error.strerror or error}", where=where, hint=hint)
 
 
 def _print(path: Path) -> str:
-    """The fingerprint of an output; of a folder of weights, names and sizes and its small files."""
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file())
-        return fingerprint(*[(str(p.relative_to(path)), p.stat().st_size) for p in files])
-    return fingerprint(path)
+    """The fingerprint of an output; of a folder, of names and sizes, and of what its small files hold."""
+    if not path.is_dir():
+        return fingerprint(path) if path.is_file() else ""
+    files = sorted(p for p in path.rglob("*") if p.is_file())
+    marks: list[object] = []
+    for file in files:
+        size = file.stat().st_size
+        marks += [(str(file.relative_to(path)), size), *([file] if size <= SMALL else [])]
+    return fingerprint(*marks)

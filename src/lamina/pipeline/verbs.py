@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from lamina.core import registry
-from lamina.core.documents import Evidence, EvidenceFile, Plan, Receipt, Receipts, Step, plain
-from lamina.core.errors import InputError, LaminaError
-from lamina.core.files import fingerprint
+from lamina.core.documents import Budget, Evidence, EvidenceFile, Plan, Receipt, Receipts, Step, plain
+from lamina.core.errors import InputError
+from lamina.core.files import fingerprint, sweep
 from lamina.core.papers import Need
 from lamina.pipeline.run import Run
 
@@ -20,20 +23,18 @@ if TYPE_CHECKING:
 
 
 def survey(run: Run, measures: Sequence[str] | None = None) -> None:
-    """Score every block and sublayer: the recipe's measure and all that share its pass, or those named."""
+    """Score every block and sublayer: the recipe's measure and all that share its pass, or those named.
+
+    A survey that is there already and holds the recipe's measure is kept, whatever else it holds.
+    """
     names = list(measures) if measures is not None else _measures(run)
-    inputs = [
-        run.loaded.fingerprint,
-        run.tokens.fingerprint,
-        names,
-        plain(run.recipe.measure_options),
-        run.recipe.dtype,
-    ]
-    with run.verb("survey", inputs, ["survey.parquet"]) as work:
+    with run.verb("survey", _surveyed(run, names), ["survey.parquet"], measures=names) as work:
         if work:
             from lamina.pipeline.table import write_survey
 
             lab = run.lab()
+            for site in run.recipe.budget.protect:
+                lab.anatomy.site(site)
             run.say(f"surveying {len(lab.anatomy.sites)} sites by {', '.join(names)}")
             scores = score(lab, {n: registry.MEASURES.make(n, _options(run, n)) for n in names})
             write_survey(
@@ -41,6 +42,12 @@ def survey(run: Run, measures: Sequence[str] | None = None) -> None:
                 tokens=lab.tokens, seed=run.recipe.seed, fingerprint=run.loaded.fingerprint,
             )  # fmt: skip
             run.log(f"survey: {lab.passes:.2f} forward-equivalents over {lab.tokens} tokens")
+
+
+def _surveyed(run: Run, names: Sequence[str]) -> list[object]:
+    """What a survey depends on."""
+    options = {n: plain(_options(run, n)) for n in names}
+    return [run.loaded.fingerprint, run.tokens.fingerprint, list(names), options, run.recipe.dtype, run.recipe.seed]
 
 
 def score(lab: Lab, measures: dict[str, Any]) -> list[Scores]:
@@ -55,7 +62,11 @@ def score(lab: Lab, measures: dict[str, Any]) -> list[Scores]:
 
 
 def _measures(run: Run) -> list[str]:
+    """What the recipe needs, and all that costs no more than one pass; or the measures of the survey that is there."""
     wanted = registry.row(run.recipe.name).measure
+    kept = [n for n in (run.noted("survey") or {}).get("measures", []) if n in registry.MEASURES]
+    if (not wanted or wanted in kept) and run.done("survey", fingerprint(*_surveyed(run, kept)), ["survey.parquet"]):
+        return kept
     cheap = [n for n in registry.MEASURES if registry.MEASURES.card(n).needs <= Need.FORWARD]
     return [*([wanted] if wanted and wanted not in cheap else []), *cheap]
 
@@ -71,25 +82,30 @@ def plan(run: Run) -> Plan:
     survey_ = run.path("survey.parquet")
     if row.measure and not survey_.is_file():
         raise InputError("survey.parquet is missing", where=run.folder, hint="run lamina survey first")
-    parts = [survey_] if row.measure else [run.loaded.fingerprint]
     inputs = [
-        *parts,
+        *([survey_] if row.measure else []),
+        run.loaded.fingerprint,
         run.tokens.fingerprint,
         plain(recipe.budget),
         recipe.name,
         plain(recipe.planner_options),
-        plain(recipe.refit),
+        plain(_options(run, row.measure)),
+        recipe.refit,
+        recipe.dtype,
+        recipe.seed,
     ]
     with run.verb("plan", inputs, ["plan.yaml"]) as work:
         if work:
-            steps, expects = _choose(run)
+            journal = run.state / f"judged-{fingerprint(*inputs)[7:23]}.json"
+            steps, expects = _choose(run, journal)
             made = Plan(model=run.ref, recipe=recipe.name, budget=recipe.budget, steps=steps, expects=expects)
             made.save(run.path("plan.yaml"))
-            (run.state / "judged.json").unlink(missing_ok=True)
+            for done in run.state.glob("judged-*.json"):
+                done.unlink()
     return run.plan()
 
 
-def _choose(run: Run) -> tuple[tuple[Step, ...], dict[str, float]]:
+def _choose(run: Run, journal: Path) -> tuple[tuple[Step, ...], dict[str, float]]:
     from lamina.lab import Bench
     from lamina.pipeline.table import read_survey
 
@@ -103,7 +119,7 @@ def _choose(run: Run) -> tuple[tuple[Step, ...], dict[str, float]]:
     for site in recipe.budget.protect:
         lab.anatomy.site(site)
     run.say(f"planning by {recipe.name}")
-    bench = Bench(lab, measure, journal=run.state / "judged.json")
+    bench = Bench(lab, measure, journal=journal)
     steps = planner.plan(scores, recipe.budget, lab.anatomy, bench)
     gone = [s for step in steps for s in step.sites if step.rewrite == "drop"]
     refit = row.refit if recipe.refit is None else recipe.refit
@@ -153,13 +169,12 @@ def expected_loss(lab: Lab, steps: Sequence[Step], gone: Sequence[str]) -> float
 def apply(run: Run) -> Receipts:
     """Do what the plan says, check that the result reloads, and publish it as `model/`."""
     plan_ = run.plan()
-    with run.verb(
-        "apply", [run.path("plan.yaml"), run.loaded.fingerprint, run.tokens.fingerprint], ["receipts.json", "model"]
-    ) as work:
+    inputs = [run.path("plan.yaml"), run.loaded.fingerprint, run.tokens.fingerprint, run.recipe.dtype, run.recipe.seed]
+    with run.verb("apply", inputs, ["receipts.json", "model"]) as work:
         if work:
             model, receipts = rewritten(run, plan_)
-            done = Receipts(model=run.ref, plan=fingerprint(run.path("plan.yaml")), receipts=receipts)
-            _publish(run, model, done)
+            mark = fingerprint(run.path("plan.yaml"))
+            _publish(run, model, Receipts(model=run.ref, plan=mark, receipts=receipts))
     return run.receipts()
 
 
@@ -190,41 +205,61 @@ def _publish(run: Run, model: Any, receipts: Receipts) -> None:
     from lamina.evaluators.reload import contract
     from lamina.exporters.hf import save_checkpoint
 
-    draft = run.state / "draft"
+    draft, dense = run.state / "draft", run.loaded
     shutil.rmtree(draft, ignore_errors=True)
-    save_checkpoint(model, receipts.receipts, run.loaded.tokenizer, draft)
-    run.say("checking that the checkpoint reloads in a fresh process")
+    about: dict[str, Any] = {"name": dense.name, "budget": run.plan().budget, "healed": _summary(receipts.healed)}
     try:
+        save_checkpoint(model, receipts.receipts, dense.tokenizer, draft, **about)
+        run.say("checking that the checkpoint reloads in a fresh process")
         proof = contract(draft, model, run.tokens.calibration[:2, :32])
-    except LaminaError:
+        EvidenceFile(evidence=tuple(proof)).save(run.state / "contract.json")
+        run.publish(draft, receipts)
+    finally:
         shutil.rmtree(draft, ignore_errors=True)
-        raise
-    EvidenceFile(evidence=tuple(proof)).save(run.state / "contract.json")
-    run.publish(draft)
-    receipts.save(run.path("receipts.json"))
     run.adopt(model)
 
 
+def _summary(healed: Mapping[str, Any]) -> dict[str, Any]:
+    """What the model card says of the healing: all but the course of the loss."""
+    return {k: v for k, v in healed.items() if k != "history"}
+
+
+def applied(run: Run) -> Receipts:
+    """The receipts, if they are the plan's. Raises InputError where the plan was changed and not applied."""
+    receipts = run.receipts()
+    run.plan()
+    if receipts.plan != fingerprint(run.path("plan.yaml")):
+        raise InputError("the plan was changed after it was applied", where=run.folder, hint="run lamina apply first")
+    return receipts
+
+
 def heal(run: Run) -> Receipts:
-    """Train the thinned model towards the dense one, by the recipe's budget; without one, do nothing."""
+    """Train the thinned model towards the dense one, by the recipe's budget; without one, do nothing.
+
+    It always begins with what the plan makes of the dense model, also where `model/` has been healed before.
+    """
     if run.recipe.heal is None:
         return run.receipts()
-    wanted = run.recipe.heal
-    start = run.receipts()
-    unhealed = Receipts(model=start.model, plan=start.plan, receipts=start.receipts)
-    inputs = [plain(unhealed), plain(wanted), run.tokens.fingerprint]
+    wanted, found = run.recipe.heal, applied(run)
+    start = dataclasses.replace(found, healed={})
+    inputs = [plain(start), plain(wanted), run.tokens.fingerprint, run.recipe.dtype, run.recipe.seed]
     with run.verb("heal", inputs, ["receipts.json", "model"]) as work:
         if work:
             from lamina.lab import Lab
 
-            model = run.thinned
+            model = rewritten(run, run.plan())[0] if found.healed else run.thinned
+            run.adopt(None)  # it is changed in place: should anything fail, model/ is the thinned model
             lab = Lab(model, run.tokens.calibration, seed=run.recipe.seed, progress=run.progress)
-            healer = registry.HEALERS.make(wanted.healer, wanted.options)
+            healer = registry.HEALERS.make(wanted.healer, seeded(registry.HEALERS, wanted.healer, run, wanted.options))
             run.say(
                 f"healing by {wanted.healer}: {wanted.steps or wanted.minutes} {'steps' if wanted.steps else 'minutes'}"
             )
             history = healer.heal(
-                lab, teacher=run.loaded.model, steps=wanted.steps, minutes=wanted.minutes, state_dir=run.state / "heal"
+                lab,
+                teacher=run.loaded.model,
+                steps=wanted.steps,
+                minutes=wanted.minutes,
+                state_dir=_sitting(run, inputs),
             )
             healed = {
                 "healer": wanted.healer,
@@ -232,9 +267,28 @@ def heal(run: Run) -> Receipts:
                 "tokens": history.tokens,
                 "history": history.losses,
             }
-            _publish(run, model, Receipts(model=start.model, plan=start.plan, receipts=start.receipts, healed=healed))
-            shutil.rmtree(run.state / "heal", ignore_errors=True)
+            _publish(run, model, dataclasses.replace(start, healed=healed))
+            run.hand_on("apply")
+    shutil.rmtree(run.state / "heal", ignore_errors=True)
     return run.receipts()
+
+
+def _sitting(run: Run, inputs: Sequence[object]) -> Path:
+    """Where this healing's state is kept; that of others is of no use any more."""
+    folder = run.state / "heal"
+    own = folder / fingerprint(*inputs)[7:23]
+    for other in folder.glob("*"):
+        if other != own:
+            shutil.rmtree(other, ignore_errors=True)
+    own.mkdir(parents=True, exist_ok=True)
+    sweep(own)
+    return own
+
+
+def seeded(methods: registry.Registry, name: str, run: Run, options: Mapping[str, Any] = MappingProxyType({})) -> Any:
+    """A method's options with the run's seed, where it takes one and none is given."""
+    takes = any(option == "seed" for option, _, _ in methods.card(name).options)
+    return {**({"seed": run.recipe.seed} if takes else {}), **options}
 
 
 EVALUATORS = ("quality", "size", "speed", "memory")
@@ -244,15 +298,18 @@ def prove(run: Run) -> EvidenceFile:
     """Measure on held-out text what the plan cost, dense and thinned side by side."""
     from lamina.lab import Lab
 
-    receipts = run.receipts()
-    with run.verb("prove", [plain(receipts), run.tokens.fingerprint, EVALUATORS], ["evidence.json"]) as work:
+    receipts = applied(run)
+    inputs = [plain(receipts), run.tokens.fingerprint, EVALUATORS, run.recipe.dtype, run.recipe.seed]
+    with run.verb("prove", inputs, ["evidence.json"]) as work:
         if work:
             text = run.tokens.heldout
             lab = Lab(run.thinned, text, seed=run.recipe.seed, progress=run.progress)
-            found: list[Evidence] = [_expected(run)]
+            found: list[Evidence] = _expected(run)
+            gone = tuple(s for r in receipts.receipts if r.rewrite == "drop" for s in r.sites)
             for name in EVALUATORS:
                 run.say(f"measuring {name}")
-                evaluator = registry.EVALUATORS.make(name)
+                given = {"gone": gone} if name == "speed" else {}
+                evaluator = registry.EVALUATORS.make(name, seeded(registry.EVALUATORS, name, run, given))
                 found += evaluator.evaluate(lab, reference=run.loaded.model)
             contract = run.state / "contract.json"
             found += EvidenceFile.load(contract).evidence if contract.is_file() else ()
@@ -260,16 +317,17 @@ def prove(run: Run) -> EvidenceFile:
     return run.evidence()
 
 
-def _expected(run: Run) -> Evidence:
-    return Evidence(
-        name="expected_loss",
-        value=run.plan().expects["loss"],
-        unit="nats/token",
-        of="difference",
-        n=len(run.tokens.calibration),
-        seed=run.recipe.seed,
-        how="the plan's expectation, measured on calibration text",
-    )
+def _expected(run: Run) -> list[Evidence]:
+    """What the planner expected; nothing of a plan that was edited or written by hand."""
+    loss = run.plan().expects.get("loss")
+    if loss is None or run.noted("plan") is None or run.changed("plan"):
+        return []
+    how = "the plan's expectation, measured on calibration text"
+    found = Evidence(
+        name="expected_loss", value=loss, unit="nats/token", of="difference",
+        n=len(run.tokens.calibration), seed=run.recipe.seed, how=how,
+    )  # fmt: skip
+    return [found]
 
 
 def notes(run: Run, receipts: Receipts) -> tuple[str, ...]:
@@ -277,6 +335,18 @@ def notes(run: Run, receipts: Receipts) -> tuple[str, ...]:
     from lamina.exporters.verdict import verdicts
 
     return tuple(verdicts(receipts.receipts, run.thinned))
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What exporters ask for beside the model: see `HuggingFace.export` and `Gguf.export`."""
+
+    receipts: Receipts
+    budget: Budget
+    name: str
+    tokenizer: Any
+    source: str
+    path: Path | None
 
 
 def export(run: Run, to: Path | None = None, kind: str = "hf", options: dict[str, Any] | None = None) -> list[Path]:
@@ -288,16 +358,25 @@ def export(run: Run, to: Path | None = None, kind: str = "hf", options: dict[str
     if kind == "hf" and to is None:
         return [run.path("model")]
     place = to or run.path("model.gguf" if kind == "gguf" else kind)
-    return list(exporter.export(run.thinned, run.loaded if kind == "gguf" else run, place))
+    if kind == "hf" and place.exists() and not (place.is_dir() and not any(place.iterdir())):
+        raise InputError("there is something here already", where=place, hint="choose a new folder")
+    dense = run.loaded
+    made = _Made(receipts, run.recipe.budget, dense.name, dense.tokenizer, dense.source, dense.path)
+    return list(exporter.export(run.thinned, made, place))
 
 
 def thin(run: Run) -> Run:
     """All verbs in order but the report, which needs only the folder."""
+    if run.recipe.gguf:
+        for problem in registry.EXPORTERS.make("gguf").check((), run.loaded.model, run.loaded):
+            raise problem.error()
     survey(run)
     plan(run)
     apply(run)
     heal(run)
     prove(run)
     if run.recipe.gguf:
-        export(run, kind="gguf")
+        with run.verb("export", [plain(run.receipts())], ["model.gguf"]) as work:
+            if work:
+                export(run, kind="gguf")
     return run

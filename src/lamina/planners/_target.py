@@ -11,6 +11,14 @@ from lamina.core.sites import Kind
 if TYPE_CHECKING:
     from lamina.anatomy import Anatomy
     from lamina.core.documents import Budget
+    from lamina.lab.bench import Bench
+
+
+def required(bench: Bench | None, planner: str) -> Bench:
+    """The bench of a planner that can't do without one."""
+    if bench is None:
+        raise InputError(f"the planner {planner} judges on a text and needs a bench", hint="pass bench=Bench(lab)")
+    return bench
 
 
 class Target:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from lamina.core.documents import Step
 from lamina.core.papers import Card, Need, Paper
 from lamina.core.registry import planner, recipe
-from lamina.core.sites import SUBLAYERS, Kind
+from lamina.core.sites import SUBLAYERS, Kind, depth_key
 
 if TYPE_CHECKING:
     from lamina.anatomy import Anatomy
@@ -34,14 +35,19 @@ class Greedy:
     `kinds`: what may go at once (blocks by default). `metric`: "kl" from the dense model, "js" or "loss". `per`:
     "budget" divides the rise by what the site frees, "site" does not. `edges` blocks at either end of each stack
     stay. With a divergence, the scores decide only in which order candidates are tried: what can't win any more is
-    given up early, without changing the choice. `batch_size` sequences are judged at once.
+    given up early, without changing the choice. After the first round only the `shortlist` candidates that were
+    cheapest when last priced are judged (0: all). The judge hears the first `length` tokens of `sequences` of the
+    text, `batch_size` sequences at once.
     """
 
     metric: str = "kl"
     per: Literal["budget", "site"] = "budget"
     kinds: tuple[Kind, ...] = (Kind.BLOCK,)
     edges: int = 0
-    batch_size: int = 2
+    shortlist: int = 10
+    sequences: int = 12
+    length: int = 256
+    batch_size: int = 4
 
     card: ClassVar[Card]
 
@@ -49,11 +55,11 @@ class Greedy:
         self, scores: Scores | None, budget: Budget, anatomy: Anatomy, bench: Bench | None = None
     ) -> tuple[Step, ...]:
         """One step per site, in the order of dropping."""
-        from lamina.planners._target import Target
+        from lamina.planners._target import Target, required
 
-        assert bench is not None
+        bench = required(bench, self.card.name)
         target = Target(budget, anatomy)
-        judge = bench.judge(self.metric, batch_size=self.batch_size)
+        judge = bench.judge(self.metric, sequences=self.sequences, length=self.length, batch_size=self.batch_size)
         hint = {u: scores[u] for u in target.units(self.kinds) if scores is not None and u in scores}
         gone: list[str] = []
         steps: list[Step] = []
@@ -61,20 +67,29 @@ class Greedy:
             options = self._options(target, gone)
             if not options:
                 raise target.refuse(target.amount(gone))
+            if gone and self.shortlist:
+                worth = {u: hint.get(u, math.inf) / self._weight(target, gone, u) for u in options}
+                options = sorted(sorted(options, key=worth.__getitem__)[: self.shortlist], key=depth_key)
             judge.rebase(gone)
-            gains = [target.amount([*gone, u]) - target.amount(gone) for u in options]
-            left = target.need - target.amount(gone)
-            weights = [min(g, left) if self.per == "budget" else 1.0 for g in gains]
+            weights = [self._weight(target, gone, u) for u in options]
             order = [hint.get(u, 0.0) / w for u, w in zip(options, weights, strict=True)]
             place, value = judge.least(options, weights=weights, hint=order)
             site = options[place]
             before = judge.value(judge.base)
-            hint.update(self._learnt(judge.known, judge.base, options, anatomy, before))
+            found = {u: judge.estimates.get(judge.base | anatomy.expand([u])) for u in options}
+            hint.update({u: v - before for u, v in found.items() if v is not None})
             gone.append(site)
             steps.append(Step(rewrite="drop", sites=(site,), why={self.metric: value, "rise": value - before}))
             bench.note()
             bench.lab.progress("plan", min(target.amount(gone), target.need), target.need)
         return tuple(steps)
+
+    def _weight(self, target: Target, gone: list[str], site: str) -> float:
+        """What the site frees, in the budget's unit, as far as it is still needed; 1 where all count the same."""
+        if self.per == "site":
+            return 1.0
+        before = target.amount(gone)
+        return float(min(target.amount([*gone, site]) - before, target.need - before))
 
     def _options(self, target: Target, gone: list[str]) -> list[str]:
         """What may still go and helps, in depth order."""
@@ -93,14 +108,6 @@ class Greedy:
             and target.amount([*gone, u]) > target.amount(gone)
         ]
 
-    @staticmethod
-    def _learnt(
-        known: dict[frozenset[str], float], base: frozenset[str], options: list[str], anatomy: Anatomy, before: float
-    ) -> dict[str, float]:
-        """The rises that this round found, to order the next round's work."""
-        found = {u: known.get(base | anatomy.expand([u])) for u in options}
-        return {u: v - before for u, v in found.items() if v is not None}
-
 
 recipe(
     "sleb",
@@ -108,7 +115,7 @@ recipe(
     summary="SLEB: greedy over blocks by the loss; the first and the last stay.",
     measure="",
     planner="greedy",
-    planner_options={"metric": "loss", "per": "site", "edges": 1},
+    planner_options={"metric": "loss", "per": "site", "edges": 1, "shortlist": 0},
     kinds=(Kind.BLOCK,),
     status="stable",
 )

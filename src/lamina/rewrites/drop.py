@@ -40,9 +40,7 @@ class Drop:
         """What stands in the way; needs no weights."""
         problems = [] if step.sites else [Problem("drop", "the step names no site")]
         known = {s.id for s in anatomy.sites}
-        for site in step.sites:
-            if site not in known:
-                problems.append(Problem(site, "the model has no such site"))
+        problems += [Problem(site, "the model has no such site") for site in step.sites if site not in known]
         if problems:
             return problems
         gone = anatomy.expand(step.sites)

@@ -45,7 +45,7 @@ PAPER = Paper(
     status="stable",
     deviations=(
         "fitted on the inputs of a branch's last linear map, not on its output; the map itself changes",
-        "every map from the first gap on is fitted, in depth order, on the streams that the thinned network really sees",
+        "every map from the first gap on is fitted, in depth order, on the streams of the thinned network itself",
         "the target is the dense stream after the gap that follows; rows are weighted by 1/‖target‖²",
     ),
 )
@@ -112,8 +112,9 @@ RIDGE = 0.3
 
 
 def refit_sites(anatomy: Anatomy, gone: Iterable[str]) -> tuple[str, ...]:
-    """The branches that a refit around `gone` changes: the last one before the first gap of a stack and all kept after
-    it, if they end in a linear map."""
+    """The branches that a refit around `gone` changes, if they end in a linear map: in each stack the last one before
+    the first gap, and all kept after it.
+    """
     out = anatomy.expand(gone)
     found: list[str] = []
     for stack in anatomy.stacks:
@@ -206,7 +207,7 @@ def kept_weights(lab: Lab, sites: Iterable[str]) -> Iterator[None]:
     """Inside, the branches' last maps may be refitted on trial; afterwards they are as before."""
     import torch
 
-    maps = [
+    maps: list[Any] = [
         lab.model.get_submodule(f"{lab.anatomy.block(s).path}.{lab.anatomy.branch(s).tail}")
         for s in dict.fromkeys(sites)
     ]

@@ -51,6 +51,7 @@ class Group(nn.ModuleList):
     def __init__(self, blocks, main, stream=0):
         super().__init__(blocks)
         self.main, self.stream = main, stream
+        self.training = self[main].training
 
     def forward(self, *args, **kwargs):
         """Run the blocks in turn; what is returned beside the stream is the caching block's."""
@@ -75,9 +76,14 @@ class Group(nn.ModuleList):
             return getattr(self[self.main], name)
 
 
+def grouped(element):
+    """Whether this is a group of blocks, made by this file or by a checkpoint's copy of it."""
+    return type(element).__name__ == "Group" and isinstance(element, nn.ModuleList)
+
+
 def flat(stack):
     """The blocks of a stack, one by one, groups opened."""
-    return [block for element in stack for block in (element if isinstance(element, Group) else (element,))]
+    return [block for element in stack for block in (element if grouped(element) else (element,))]
 
 
 def replay(model, steps):
@@ -101,9 +107,9 @@ def _drop(model, step):
         raise ValueError(f"{step['stack']} has {len(blocks)} blocks, the receipt was made for {step['depth']}")
     for branch in step["branches"]:
         block = blocks[branch["block"]]
-        block.set_submodule(branch["core"], Gone(branch["stream"], branch["returns"]))
+        block.set_submodule(branch["core"], Gone(branch["stream"], branch["returns"]).train(block.training))
         for path in branch["own"]:
-            block.set_submodule(path, nn.Identity())
+            block.set_submodule(path, nn.Identity().train(block.training))
     gone = set(step["blocks"])
     blocks = [block for number, block in enumerate(blocks) if number not in gone]
     layers = _regroup(blocks, step["cached"], step["stream"])
@@ -119,7 +125,7 @@ def _drop(model, step):
 def holds_cache(block, cached):
     """Whether any of the block's caching modules is still there."""
     names = dict(block.named_modules())
-    return any(path in names and not isinstance(names[path], Gone) for path in cached)
+    return any(path in names and type(names[path]).__name__ != "Gone" for path in cached)
 
 
 def _regroup(blocks, cached, stream):

@@ -1,4 +1,4 @@
-"""What the checks work on: tiny labs that cost milliseconds, synthetic scores, and a picture of all of a model's state."""
+"""What the checks work on: tiny labs that cost milliseconds, synthetic scores, and pictures of a model's state."""
 
 from __future__ import annotations
 
@@ -67,7 +67,9 @@ def synthetic(anatomy: Anatomy, seed: int = 0, *, constant: bool = False) -> Sco
 
     values = {s.id: some(s.width) for s in anatomy.sites}
     spans = {b.site.id: some(len(k.blocks) - n) for k in anatomy.stacks for n, b in enumerate(k.blocks)}
-    return Scores(measure="synthetic", values=values, stderr={k: v * 0.1 for k, v in values.items()}, unit="nats", spans=spans)
+    return Scores(
+        measure="synthetic", values=values, stderr={k: v * 0.1 for k, v in values.items()}, unit="nats", spans=spans
+    )
 
 
 class SyntheticMeasure:
@@ -94,7 +96,7 @@ HOOKS = (
 
 
 def picture(model: nn.Module) -> dict[str, Any]:
-    """Everything that a method must leave as it was: weights, gradients, hooks, modes, attributes, config, random state."""
+    """All that a method must leave as it was: weights, gradients, hooks, modes, attributes, config, random state."""
     seen: dict[str, Any] = {f"weights {k}": v.clone() for k, v in model.state_dict().items()}
     for name, parameter in model.named_parameters():
         seen[f"requires_grad {name}"] = parameter.requires_grad
@@ -109,7 +111,7 @@ def picture(model: nn.Module) -> dict[str, Any]:
     made = getattr(model, "config", None)
     seen["config"] = made.to_dict() if made is not None else {}
     seen["torch's random state"] = torch.get_rng_state()
-    seen["numpy's random state"] = repr(np.random.get_state())  # noqa: NPY002
+    seen["numpy's random state"] = repr(np.random.get_state())
     seen["gradients on"] = torch.is_grad_enabled()
     seen["default type"] = torch.get_default_dtype()
     return seen
@@ -132,7 +134,10 @@ def expect_close(got: Scores, want: Scores, relative: float, what: str) -> None:
         scale = max((float(np.abs(v).max()) for v in yours.values()), default=0.0)
         for site, value in yours.items():
             off = float(np.abs(mine[site] - value).max())
-            expect(off <= relative * scale, f"{what}: {site} is {mine[site]}, not {value} ({off / (scale or 1):.1e} of the scale)")
+            expect(
+                off <= relative * scale,
+                f"{what}: {site} is {mine[site]}, not {value} ({off / (scale or 1):.1e} of the scale)",
+            )
 
 
 def mixed(kinds: Sequence[Kind], *wanted: Kind) -> bool:

@@ -1,4 +1,4 @@
-"""Checks for measures: planted truth, one sign and one unit, nothing left behind, and no trace of batching or padding."""
+"""Checks for measures: planted truth, one sign and one unit, nothing left behind, no trace of batching or padding."""
 
 from __future__ import annotations
 
@@ -49,7 +49,9 @@ def check_identity_block_is_lowest(method: Any) -> None:
     """A block that passes its input on scores below all others."""
     for name in PLANTED:
         scores = _measured(method, lab(name, "block.2"))
-        others = {s: scores[s] for s in scores.values if s.startswith("block.") and s.count(".") == 1 and s != "block.2"}
+        others = {
+            s: scores[s] for s in scores.values if s.startswith("block.") and s.count(".") == 1 and s != "block.2"
+        }
         expect("block.2" in scores and len(others) == 3, f"on {name}, blocks are not scored: {sorted(scores.values)}")
         expect(
             all(scores["block.2"] < v for v in others.values()),
@@ -87,7 +89,9 @@ def check_scores_are_finite_float64_of_width(method: Any) -> None:
             expect(bool(np.isfinite(value).all()), f"{site}: scores {value} on a {dtype} model")
         for site, error in scores.stderr.items():
             expect(site in scores.values, f"{site} has an error but no score")
-            good = isinstance(error, np.ndarray) and error.dtype == np.float64 and error.shape == scores.values[site].shape
+            good = (
+                isinstance(error, np.ndarray) and error.dtype == np.float64 and error.shape == scores.values[site].shape
+            )
             expect(good, f"{site}: an error has the score's shape and type, not {error!r}")
             expect(not bool((error < 0).any()), f"{site}: an error is not negative: {error}")
 
@@ -169,7 +173,7 @@ def _tallied(method: Any, bench: Lab, text: Tensor) -> Any:
 
 @check("measure", _streams)
 def check_tally_merges(method: Any) -> None:
-    """Tallies of parts add up to the tally of the whole, in any order and grouping, and merging changes neither part."""
+    """Tallies of parts add up to the tally of the whole, in any order; merging changes neither part."""
     bench, parts = _parts(4)
     a, b, c, d = (_tallied(method, bench, p) for p in parts)
     whole = _tallied(method, bench, torch.cat(parts)).scores()

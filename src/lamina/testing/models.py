@@ -14,6 +14,8 @@ from torch import Tensor, nn
 VOCABULARY = 99
 WIDTH = 32
 DEPTH = 4
+LENGTH = 512
+"""Positions that they have."""
 WINDOW = 6
 """Of the sliding-window attentions: shorter than the texts, so that it matters."""
 
@@ -23,14 +25,14 @@ _BASE = {
     "num_attention_heads": 4,
     "intermediate_size": 64,
     "vocab_size": VOCABULARY,
-    "max_position_embeddings": 128,
+    "max_position_embeddings": LENGTH,
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
 _GQA = {**_BASE, "num_key_value_heads": 2}
 _GEMMA = {**_GQA, "head_dim": 8, "sliding_window": WINDOW}
-_GPT2 = {"n_embd": WIDTH, "n_layer": DEPTH, "n_head": 4, "n_positions": 128, "vocab_size": VOCABULARY}
+_GPT2 = {"n_embd": WIDTH, "n_layer": DEPTH, "n_head": 4, "n_positions": LENGTH, "vocab_size": VOCABULARY}
 _IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 CONFIGS: dict[str, tuple[str, Mapping[str, Any]]] = {
@@ -85,7 +87,7 @@ class NanoGPT(nn.Module):
 
     def __init__(self, *, depth: int = DEPTH, width: int = WIDTH, heads: int = 4, vocabulary: int = VOCABULARY) -> None:
         super().__init__()
-        self.tokens, self.places = nn.Embedding(vocabulary, width), nn.Embedding(128, width)
+        self.tokens, self.places = nn.Embedding(vocabulary, width), nn.Embedding(LENGTH, width)
         self.blocks = nn.ModuleList(_Block(width, heads) for _ in range(depth))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
 

@@ -48,7 +48,7 @@ def steps_for(method: Any, name: str) -> list[Step]:
     """The steps that a rewrite is tried on, on one tiny model."""
     anatomy = fresh(name)[1]
     if hasattr(class_of(method), "examples"):
-        return list(class_of(method).examples(anatomy))  # type: ignore[attr-defined]
+        return list(class_of(method).examples(anatomy))
     return [step_at(method, anatomy, places) for places in (PLACES if name in ALL_PLACES else PLACES[:2])]
 
 
@@ -143,7 +143,9 @@ def check_needs_no_weights_to_check_and_forecast(method: Any) -> None:
         there = made(method).forecast(step, anatomy)
         anatomy.model.to("meta")
         expect(made(method).check(step, anatomy) == [], f"{step.sites}: a problem once the weights are gone")
-        expect(made(method).forecast(step, anatomy) == there, f"{step.sites}: another forecast once the weights are gone")
+        expect(
+            made(method).forecast(step, anatomy) == there, f"{step.sites}: another forecast once the weights are gone"
+        )
 
 
 @check("rewrite", _drops)
@@ -157,7 +159,7 @@ def check_result_is_the_trial(method: Any) -> None:
 @check("rewrite")
 @torch.no_grad()
 def check_cached_decoding_is_the_full_forward(method: Any) -> None:
-    """Token by token with a cache gives the logits of one forward: beyond sliding windows, with layer 0's attention gone."""
+    """Token by token with a cache gives the logits of one forward, beyond windows and without layer 0's attention."""
     ids = text(2, 14)
     for t in trials(method, tuple(CONFIGS)):
         model: Any = t.bench.model
@@ -193,7 +195,7 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 @check("rewrite")
 def check_replay_rebuilds_the_structure(method: Any) -> None:
-    """On an empty skeleton, a receipt read back from JSON gives the same state dict, key by key, and the same config."""
+    """On an empty skeleton, a receipt read back from JSON gives the same keys, shapes and config."""
     for t in trials(method):
         with torch.device("meta"):
             skeleton = BUILDERS[t.name]()
@@ -232,7 +234,7 @@ def check_twice_applied(method: Any) -> None:
         first = made(method).apply(step_at(method, bench.anatomy, ((0, 0), (2, 1))), bench)
         left = [p.id for b in bench.anatomy.of_kind(Kind.BLOCK) for p in bench.anatomy.parts(b)]
         gone = [s for s in left if s in both.sites[:3:2]]
-        expect(not gone and len(left) == 6, f"on {name}: dropped sites are still listed, or kept ones are named anew: {left}")
+        expect(not gone and len(left) == 6, f"on {name}: dropped sites are still listed, or kept ones renamed: {left}")
         second = made(method).apply(step_at(method, bench.anatomy, ((1, 1), (3, None))), bench)
         off = _off(logits(bench.model, ids), trial)
         expect(off <= EXACT, f"on {name}: two steps are {off:.1e} off the trial of both")
@@ -240,7 +242,7 @@ def check_twice_applied(method: Any) -> None:
             made(method).replay(receipt, dense)
         off = _off(logits(dense, ids), trial)
         expect(off <= EXACT, f"on {name}: replaying two receipts with weights is {off:.1e} off")
-        expect(second.before == first.after, f"on {name}: {second.before} before the second step, {first.after} after the first")
+        expect(second.before == first.after, f"on {name}: {first.after}, then before the next step {second.before}")
 
 
 @check("rewrite")

@@ -1,7 +1,7 @@
 """The frame of the conformance suite: named checks per role, which of them apply, and failures that are known.
 
-A check is a function of one method (its class, or an instance) that returns nothing and raises AssertionError with a line
-that says what went wrong. A method declares a failure that it knows of as a class attribute:
+A check is a function of one method (its class, or an instance) that returns nothing and raises AssertionError with a
+line that says what went wrong. A method declares a failure that it knows of as a class attribute:
 
     known_failures: ClassVar[Mapping[str, str]] = {"check_tally_merges": "the median of medians is no median"}
 
@@ -25,7 +25,7 @@ def check(role: str, applies: Applies = lambda _: True) -> Callable[[Check], Che
     """Enter a check for all methods of a role (those of which `applies(class)` is true)."""
 
     def enter(function: Check) -> Check:
-        _CHECKS[role][function.__name__] = (function, applies)  # type: ignore[attr-defined]
+        _CHECKS[role][function.__name__] = (function, applies)
         return function
 
     return enter
@@ -70,7 +70,7 @@ def run_checks(role: str, method: Any) -> None:
     known = known_failures(method)
     told: list[str] = []
     for one in checks_for(role, method):
-        name: str = one.__name__  # type: ignore[attr-defined]
+        name: str = one.__name__
         try:
             one(method)
         except Exception as error:

@@ -69,12 +69,14 @@ def check_healing_helps(method: Any) -> None:
     before = _distance(bench, dense)
     _heal(method, bench, dense, 30)
     after = _distance(bench, dense)
-    expect(math.isfinite(after) and after < before, f"the KL to the dense model goes from {before:.4f} to {after:.4f} nats")
+    expect(
+        math.isfinite(after) and after < before, f"the KL to the dense model goes from {before:.4f} to {after:.4f} nats"
+    )
 
 
 @check("healer")
 def check_healing_keeps_the_structure(method: Any) -> None:
-    """Same keys, shapes, types, classes, hooks and modes as before; only numbers change; the teacher is untouched."""
+    """Keys, shapes, types, classes, hooks and modes stay; only numbers change; the teacher is untouched."""
     bench, dense, _ = thinned()
     before, teacher = picture(bench.model), picture(dense)
     _heal(method, bench, dense, 3)
@@ -127,7 +129,10 @@ def check_evidence_is_sound(method: Any) -> None:
         expect(bool(one.name), f"evidence without a name: {one}")
         expect(math.isfinite(one.value), f"{one.name} ({one.of}) is {one.value}")
         low, high = (one.value if x is None else x for x in (one.low, one.high))
-        expect(low <= one.value <= high or one.of == "contract", f"{one.name} ({one.of}): {one.value} is not in [{low}, {high}]")
+        expect(
+            low <= one.value <= high or one.of == "contract",
+            f"{one.name} ({one.of}): {one.value} is not in [{low}, {high}]",
+        )
         expect(Evidence.from_data(one.to_data()) == one, f"{one} does not survive writing and reading")
     keys = [(e.name, e.of) for e in found]
     expect(len(keys) == len(set(keys)), f"the same number twice: {sorted(keys)}")
@@ -140,7 +145,10 @@ def check_equal_models_compare_equal(method: Any) -> None:
         timed = one.unit.endswith("/s") or one.name in ("prefill", "decode", "peak_memory")
         due = {"difference": 0.0, "ratio": 1.0}.get(one.of)
         if due is not None and not timed and not one.name.startswith("expected"):
-            expect(abs(one.value - due) < 1e-6, f"{one.name} ({one.of}) of a model against itself is {one.value}, not {due}")
+            expect(
+                abs(one.value - due) < 1e-6,
+                f"{one.name} ({one.of}) of a model against itself is {one.value}, not {due}",
+            )
 
 
 @check("evaluator")
@@ -151,7 +159,9 @@ def check_unknown_evaluator_option_is_refused(method: Any) -> None:
 
 def _exported(method: Any, to: Path) -> tuple[list[Path], nn.Module]:
     bench, _, receipt = thinned(vocab_size=300)
-    run = SimpleNamespace(receipts=(receipt,), tokenizer=tokenizer(), name="tiny", source="memory", path=None, budget=None)
+    run = SimpleNamespace(
+        receipts=(receipt,), tokenizer=tokenizer(), name="tiny", source="memory", path=None, budget=None
+    )
     before = picture(bench.model)
     files = list(made(method).export(bench.model, run, to))
     expect_same(before, picture(bench.model), "the exporter")
@@ -160,7 +170,7 @@ def _exported(method: Any, to: Path) -> tuple[list[Path], nn.Module]:
 
 @check("exporter")
 def check_export_writes_what_it_lists(method: Any) -> None:
-    """The listed files are there, not empty, and nothing else is left; the model is as before; twice, the same names."""
+    """The listed files are there and no others; the model is as before; a second time, the same names."""
     names: list[Sequence[str]] = []
     for _ in range(2):
         with TemporaryDirectory() as folder:

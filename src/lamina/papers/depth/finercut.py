@@ -40,25 +40,28 @@ class FinerCut:
     """Drop, again and again, the sublayer whose absence moves the logits least from the dense model's (alg. 1).
 
     `metric`: "js-reversed" (what the paper's code computes), "js" (the textbook's) or "kl". `early` protects that share
-    of the blocks from the front until that share of all sublayers has gone. `batch_size` sequences are judged at once.
+    of the blocks from the front until that share of all sublayers has gone. The judge
+    hears the first `length` tokens of `sequences` of the text, `batch_size` sequences at once.
     """
 
     card: ClassVar[Card]
 
     metric: str = "js-reversed"
     early: float = 0.0
-    batch_size: int = 1
+    sequences: int = 10
+    length: int = 256
+    batch_size: int = 2
     kinds: tuple[Kind, ...] = ()
 
     def plan(
         self, scores: Scores | None, budget: Budget, anatomy: Anatomy, bench: Bench | None = None
     ) -> tuple[Step, ...]:
         """One step per sublayer, in the order of dropping; equal to the double loop over all candidates."""
-        from lamina.planners._target import Target
+        from lamina.planners._target import Target, required
 
-        assert bench is not None
+        bench = required(bench, self.card.name)
         target = Target(budget, anatomy)
-        judge = bench.judge(self.metric, batch_size=self.batch_size)
+        judge = bench.judge(self.metric, sequences=self.sequences, length=self.length, batch_size=self.batch_size)
         protected, until = self._early(anatomy)
         gone: list[str] = []
         steps: list[Step] = []
@@ -72,7 +75,7 @@ class FinerCut:
             judge.rebase(gone)
             place, value = judge.least(options, hint=[last.get(u, 0.0) for u in options])
             site = options[place]
-            last.update({u: v for u in options if (v := judge.known.get(judge.base | {u})) is not None})
+            last.update({u: v for u in options if (v := judge.estimates.get(judge.base | {u})) is not None})
             gone.append(site)
             steps.append(Step(rewrite="drop", sites=(site,), why={"divergence": value}))
             bench.note()

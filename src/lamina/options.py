@@ -1,0 +1,100 @@
+"""What the command line's words mean: shares, amounts, budgets, recipes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lamina.core.errors import InputError
+
+if TYPE_CHECKING:
+    from lamina.core.documents import Budget, Recipe
+
+
+def share(text: str) -> float:
+    """`75%` or `0.75` as a fraction."""
+    try:
+        value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        raise InputError(f"{text!r} is no share", where="--keep", hint="write 75% or 0.75") from None
+    if not 0 < value <= 1:
+        raise InputError(f"{text} is not above 0 and at most 100%", where="--keep", hint="write 75% or 0.75")
+    return value
+
+
+UNITS = {
+    "": 1,
+    "k": 10**3,
+    "m": 10**6,
+    "g": 10**9,
+    "b": 10**9,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+}
+
+
+def amount(text: str, option: str) -> int:
+    """`100M`, `1.5B`, `200MB` as a whole number."""
+    number = text.strip().rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
+    unit = text.strip()[len(number) :].lower()
+    try:
+        value = int(float(number) * UNITS[unit])
+    except (ValueError, KeyError):
+        raise InputError(f"{text!r} is no amount", where=option, hint="write 100M, 1.5B or 200MB") from None
+    if value <= 0:
+        raise InputError(f"{text} is not positive", where=option)
+    return value
+
+
+def budget_of(
+    keep: str | None,
+    parameters: str | None,
+    bytes_: str | None,
+    blocks: int | None,
+    sublayers: int | None,
+    protect: list[str] | None,
+) -> Budget | None:
+    """The one budget that was asked for; None where none was."""
+    from lamina.core.documents import Budget
+
+    asked: list[tuple[str, Callable[[], dict[str, Any]]]] = []
+    if keep is not None:
+        asked.append(("--keep", lambda: {"keep": share(keep)}))
+    if parameters is not None:
+        asked.append(("--parameters", lambda: {"limit": amount(parameters, "--parameters")}))
+    if bytes_ is not None:
+        asked.append(("--bytes", lambda: {"metric": "bytes", "limit": amount(bytes_, "--bytes")}))
+    if blocks is not None:
+        asked.append(("--blocks", lambda: {"metric": "blocks", "drop": blocks}))
+    if sublayers is not None:
+        asked.append(("--sublayers", lambda: {"metric": "sublayers", "drop": sublayers}))
+    if len(asked) > 1:
+        raise InputError(f"one budget at a time, not {' and '.join(name for name, _ in asked)}")
+    if not asked:
+        return None
+    return Budget.from_data({**asked[0][1](), "protect": tuple(protect or ())}, where=asked[0][0])
+
+
+def recipe_of(name: str) -> tuple[str, dict[str, Any]]:
+    """The name of a recipe row, and what a recipe file says beside it."""
+    from lamina.core import registry
+    from lamina.core.documents import Recipe
+
+    if Path(name).suffix in (".yaml", ".yml", ".json"):
+        data = Recipe.load(name).to_data()
+        registry.row(data["name"])
+        return data["name"], data
+    registry.row(name)
+    return name, {}
+
+
+def make_recipe(data: dict[str, Any]) -> Recipe:
+    """A recipe from what the command line says."""
+    from lamina.core.documents import Recipe
+
+    return Recipe.from_data({k: v for k, v in data.items() if v is not None})

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,12 +65,24 @@ def run(
     return Run.start(Path(out), Recipe.from_data(fields), model=in_memory, tokenizer=tokenizer)
 
 
+@contextmanager
+def _as_given(model: str | nn.Module) -> Iterator[None]:
+    """Afterwards every part of a module in memory is in training or evaluation as before."""
+    modes = [] if isinstance(model, str) else [(part, part.training) for part in model.modules()]
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
 def thin(model: str | nn.Module, *, out: str | Path, **asked: Any) -> Result:
     """Survey, plan, apply, heal, prove and report; see `run` for what may be asked.
 
     A module in memory is left as it is; the thinned one is a copy.
     """
-    done = verbs.thin(run(model, out=out, **asked))
+    with _as_given(model):
+        done = verbs.thin(run(model, out=out, **asked))
     write(done.folder)
     return Result(done.folder, done.thinned, done.plan(), done.receipts(), done.evidence())
 
@@ -81,7 +94,8 @@ def survey(
     from lamina.pipeline.table import read_survey
 
     made = run(model, out=out, **asked)
-    verbs.survey(made, measures)
+    with _as_given(model):
+        verbs.survey(made, measures)
     return read_survey(made.path("survey.parquet"))
 
 

@@ -86,11 +86,11 @@ def number(value: float, unit: str = "") -> str:
     if unit in ("B", "bytes"):
         for size, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
             if abs(value) >= size:
-                return f"{value / size:.4g} {name}"
+                return f"{value / size:.4g} {name}"
         return f"{value:.0f} B"
     for size, name in ((1e9, "G"), (1e6, "M")):
         if abs(value) >= size:
-            return f"{value / size:.4g} {name}"
+            return f"{value / size:.4g} {name}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
@@ -131,7 +131,7 @@ def print_evidence(run: Run) -> None:
     console.print(table)
     expected, measured = found.get("expected_loss", "difference"), found.get("loss", "difference")
     if expected is not None and measured is not None:
-        console.print(f"expected loss +{expected.value:.3f} nats/token, measured {measured.value:+.3f}")
+        console.print(f"expected loss {expected.value:+.3f} nats/token, measured {measured.value:+.3f}")
     for name in ("prefill", "decode"):
         ratio = found.get(name, "ratio")
         if ratio is not None and ratio.low is not None and ratio.low <= 1:

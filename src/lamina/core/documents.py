@@ -207,7 +207,7 @@ class Plan(Document):
 
     lamina: int = field(default=FORMAT, metadata={"always": True})
     model: ModelRef
-    recipe: str = "default"
+    recipe: str = field(default="default", metadata={"always": True})
     budget: Budget
     steps: tuple[Step, ...] = field(metadata={"always": True})
     expects: Mapping[str, float] = field(default_factory=dict[str, float])

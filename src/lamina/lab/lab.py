@@ -16,7 +16,7 @@ from lamina.anatomy.trial import silenced
 from lamina.anatomy.watch import watch_blocks
 from lamina.core.errors import InputError
 from lamina.core.sites import Kind
-from lamina.lab.taps import Taps
+from lamina.lab.taps import SharedTaps, Streams
 from lamina.maths.divergence import nll
 
 if TYPE_CHECKING:
@@ -192,18 +192,13 @@ def _feeder(anatomy: Anatomy, batch: Batch, tallies: Sequence[Tally]) -> Callabl
 
     def feed(block: Block, entering: Tensor, branches: Mapping[str, Tensor], leaving: Tensor) -> None:
         ids = sequence.to(entering.device)
-        x, y = strip(entering), strip(leaving)
-        whole = Taps(x, y - x, ids, len(mask), out=y)
+        added = [strip(branches[x.site.id]) for x in block.branches]
+        streams = Streams(strip(entering), added, strip(leaving))
+        whole = SharedTaps(streams, [0], range(1, len(added) + 1), ids, len(mask))
         for tally in tallies:
             tally.add(block.site, whole)
-        del whole
-        joined: list[Tensor] = []
-        for branch in block.branches:
-            here = x
-            for place in branch.reads:
-                here = here + joined[place]
-            joined.append(strip(branches[branch.site.id]))
-            taps = Taps(here, joined[-1], ids, len(mask))
+        for place, branch in enumerate(block.branches):
+            taps = SharedTaps(streams, [0, *(r + 1 for r in branch.reads)], [place + 1], ids, len(mask))
             for tally in tallies:
                 tally.add(branch.site, taps)
 

@@ -57,6 +57,8 @@ class Run:
     tokenizer: Any = None
     progress: Progress = quiet
     say: Callable[[str], None] = lambda line: None
+    built: bool = field(default=False, repr=False)
+    """Whether the thinned model was made here, and not read back from `model/`."""
     _thinned: nn.Module | None = field(default=None, repr=False)
     _unsaved: bool = field(default=False, repr=False)
 
@@ -270,12 +272,12 @@ class Run:
                 raise InputError("model/ or its receipts are missing", where=self.folder, hint="run lamina apply first")
             dtype = str(next(self.loaded.model.parameters()).dtype).removeprefix("torch.")
             found = load(self.path("model"), dtype=dtype, device=self.recipe.device, trust_remote_code=True)
-            self._thinned = found.model
+            self._thinned, self.built = found.model, False
         return self._thinned
 
     def adopt(self, model: nn.Module | None) -> None:
         """Use this as the thinned model from now on; None: what `model/` holds, read again when needed."""
-        self._thinned = model
+        self._thinned, self.built = model, model is not None
 
     def publish(self, draft: Path, receipts: Receipts) -> None:
         """Put a checked checkpoint in the place of `model/`, and its receipts beside it.

@@ -30,7 +30,8 @@ def write_survey(
             errors = table.stderr.get(site_id, np.full(len(values), np.nan))
             rows += [
                 {
-                    "site": site_id, "kind": str(site.kind), "block": site.block, "unit": unit, "measure": table.measure,
+                    "site": site_id, "kind": str(site.kind), "block": site.block, "unit": unit,
+                    "measure": table.measure,
                     "value": float(value), "stderr": float(errors[unit]) if unit < len(errors) else float("nan"),
                     "scale": table.unit, "parameters": cost.parameters, "bytes": cost.bytes, "macs": cost.macs,
                     "kv_bytes": cost.kv_bytes, "tokens": tokens, "seed": seed, "fingerprint": fingerprint,

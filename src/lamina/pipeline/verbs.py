@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lamina.core import registry
 from lamina.core.documents import Budget, Evidence, EvidenceFile, Plan, Receipt, Receipts, Step, plain
 from lamina.core.errors import InputError
-from lamina.core.files import fingerprint, sweep
+from lamina.core.files import atomic, fingerprint, sweep
 from lamina.core.papers import Need
 from lamina.pipeline.run import Run
 
@@ -123,13 +123,13 @@ def _choose(run: Run, journal: Path) -> tuple[tuple[Step, ...], dict[str, float]
     steps = planner.plan(scores, recipe.budget, lab.anatomy, bench)
     gone = [s for step in steps for s in step.sites if step.rewrite == "drop"]
     refit = row.refit if recipe.refit is None else recipe.refit
-    fitted = _refit_step(lab, gone) if refit and not any(s.rewrite == "refit" for s in steps) else None
+    fitted = refit_step(lab, gone) if refit and not any(s.rewrite == "refit" for s in steps) else None
     steps = (fitted, *steps) if fitted else steps
     run.log(f"plan: {lab.passes:.1f} forward-equivalents over {lab.tokens} tokens")
     return steps, _expect(run, lab, steps, gone)
 
 
-def _refit_step(lab: Lab, gone: Sequence[str]) -> Step | None:
+def refit_step(lab: Lab, gone: Sequence[str]) -> Step | None:
     from lamina.rewrites.refit import RIDGE, refit_sites
 
     sites = refit_sites(lab.anatomy, gone)
@@ -247,20 +247,16 @@ def heal(run: Run) -> Receipts:
         if work:
             from lamina.lab import Lab
 
-            model = rewritten(run, run.plan())[0] if found.healed else run.thinned
+            ours = run.built and not found.healed  # what is read back carries its receipts already
+            model = run.thinned if ours else rewritten(run, run.plan())[0]
             run.adopt(None)  # it is changed in place: should anything fail, model/ is the thinned model
             lab = Lab(model, run.tokens.calibration, seed=run.recipe.seed, progress=run.progress)
             healer = registry.HEALERS.make(wanted.healer, seeded(registry.HEALERS, wanted.healer, run, wanted.options))
             run.say(
                 f"healing by {wanted.healer}: {wanted.steps or wanted.minutes} {'steps' if wanted.steps else 'minutes'}"
             )
-            history = healer.heal(
-                lab,
-                teacher=run.loaded.model,
-                steps=wanted.steps,
-                minutes=wanted.minutes,
-                state_dir=_sitting(run, inputs),
-            )
+            budget = {"steps": wanted.steps, "minutes": wanted.minutes}
+            history = healer.heal(lab, teacher=run.loaded.model, state_dir=_sitting(run, inputs), **budget)
             healed = {
                 "healer": wanted.healer,
                 "steps": history.steps,
@@ -358,11 +354,22 @@ def export(run: Run, to: Path | None = None, kind: str = "hf", options: dict[str
     if kind == "hf" and to is None:
         return [run.path("model")]
     place = to or run.path("model.gguf" if kind == "gguf" else kind)
-    if kind == "hf" and place.exists() and not (place.is_dir() and not any(place.iterdir())):
-        raise InputError("there is something here already", where=place, hint="choose a new folder")
+    if kind == "hf":
+        if options:
+            raise InputError("options have no effect: model/ is copied as it was checked", where="export to hf")
+        return _copied(run.path("model"), place)
     dense = run.loaded
     made = _Made(receipts, run.recipe.budget, dense.name, dense.tokenizer, dense.source, dense.path)
     return list(exporter.export(run.thinned, made, place))
+
+
+def _copied(published: Path, to: Path) -> list[Path]:
+    """The published checkpoint, file by file as it was checked, in a new folder."""
+    if to.exists() and not (to.is_dir() and not any(to.iterdir())):
+        raise InputError("there is something here already", where=to, hint="choose a new folder")
+    with atomic(to) as draft:
+        shutil.copytree(published, draft)
+    return sorted(p for p in to.rglob("*") if p.is_file())
 
 
 def thin(run: Run) -> Run:

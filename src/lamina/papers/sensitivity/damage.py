@@ -153,6 +153,7 @@ def _parts(taps: Taps, slope: Tensor, along: Tensor, chunk: int, window: int) ->
     PAPER,
     on=(Kind.BLOCK, *sorted(SUBLAYERS)),
     needs=Need.GRADIENT,
+    status="stable",
     deviations=(
         "what is taken away is all that a branch adds, at every position, not a weight",
         "the first-order term is kept: on the text at hand it is not zero",
@@ -171,6 +172,7 @@ class Damage:
     `window` positions before its root is taken. `kappa`: None fits it to eight true ablations of late sublayers, two
     on each of four sequences, at most one forward in all: fewer where there are fewer sequences. With one or two
     sequences, or several stacks, it is that of SmolLM2-135M. `seed`: of the random probe; None takes the lab's.
+    `sequences`: so many of the text, evenly chosen, and their first `length` tokens; None takes all.
     """
 
     known_failures: ClassVar[Mapping[str, str]] = {
@@ -184,6 +186,8 @@ class Damage:
     window: int = 64
     kappa: float | None = None
     seed: int | None = None
+    sequences: int | None = None
+    length: int | None = None
 
     def __post_init__(self) -> None:
         if self.probes not in PROBES:
@@ -195,7 +199,8 @@ class Damage:
 
     def measure(self, lab: Lab) -> Scores:
         """One forward, one or two backwards, and to fit κ, a few ablations of late sublayers."""
-        return self.tallied(lab).scores()
+        part = lab if self.sequences is None else lab.part(self.sequences, self.length)
+        return self.tallied(part).scores()
 
     def tallied(self, lab: Lab) -> DamageTally:
         """The sums behind the scores, κ fitted."""

@@ -17,14 +17,15 @@ from common import arguments, machine, opened, table, text
 from lamina.core import registry
 from lamina.core.documents import Budget
 from lamina.core.errors import InputError
+from lamina.core.scores import Scores
 from lamina.core.sites import Kind
 from lamina.lab import Bench, Lab
 from lamina.pipeline.verbs import refit_step, score
 from lamina.rewrites.refit import kept_weights
 
 PUBLISHED = (
-    "llm-drop-block,llm-drop-attention,llm-drop-mlp,llm-drop-joint,llm-drop-block-iterative,shortgpt,angular,"
-    "leave-one-out,leave-one-out-block,sleb,finercut"
+    "llm-drop-block,llm-drop-attention,llm-drop-mlp,llm-drop-joint,shortgpt,angular,leave-one-out,leave-one-out-block,"
+    "sleb,finercut"
 )
 
 
@@ -32,7 +33,7 @@ def main() -> str:
     """The table."""
     parser = arguments(__doc__)
     parser.add_argument("--blocks", type=int, nargs="+", default=[3, 8])
-    parser.add_argument("--recipes", default=PUBLISHED + ",default")
+    parser.add_argument("--recipes", default="default," + PUBLISHED)
     parser.add_argument("--rows", type=int, default=32)
     given = parser.parse_args()
     loaded = opened(given)
@@ -42,24 +43,25 @@ def main() -> str:
     block = lab.anatomy.cost(lab.anatomy.of_kind(Kind.BLOCK)[0]).parameters
     rows, best = [], {}
     names = given.recipes.split(",")
-    scores = {}
-    for name in names:
-        row = registry.row(name)
+    scores: dict[object, Scores] = {}
+
+    def scored(row: registry.Row) -> Scores | None:
         key = (row.measure, tuple(row.measure_options.items()))
         if row.measure and key not in scores:
-            part = lab.part(8) if row.measure == "leave-one-out" else lab
+            part = lab.part(8, 256) if row.measure == "leave-one-out" else lab
             scores[key] = score(part, {row.measure: registry.MEASURES.make(row.measure, row.measure_options)})[0]
-    for blocks in given.blocks:
-        for name in names:
+        return scores.get(key)
+
+    for name in names:
+        for blocks in given.blocks:
             row = registry.row(name)
             began, passes = time.perf_counter(), lab.passes
             measure = registry.MEASURES.make(row.measure, row.measure_options) if row.measure else None
             options = {**row.planner_options, **({"kinds": row.kinds} if row.kinds else {})}
             planner = registry.PLANNERS.make(row.planner, options)
             limit = lab.anatomy.total().parameters - blocks * block
-            table_ = scores.get((row.measure, tuple(row.measure_options.items())))
             try:
-                steps = planner.plan(table_, Budget(limit=limit), lab.anatomy, Bench(lab, measure))
+                steps = planner.plan(scored(row), Budget(limit=limit), lab.anatomy, Bench(lab, measure))
             except InputError as error:
                 rows.append((blocks, name, "–", "–", "–", "–", error.what))
                 continue
@@ -73,13 +75,17 @@ def main() -> str:
             rise = losses[-1] - dense
             if name in PUBLISHED.split(","):
                 best[blocks] = min(best.get(blocks, math.inf), rise)
-            share = f" ({rise / best[blocks]:.2f} of the best published)" if name not in PUBLISHED.split(",") else ""
             unfitted = f" ({math.exp(losses[0]):.1f} before the refit)" if len(losses) > 1 else ""
             where = " ".join(lab.anatomy.collapse(lab.anatomy.expand(gone))).replace("block.", "")
-            made = (blocks, name, f"{math.exp(losses[-1]):.2f}{unfitted}", f"{rise:.3f}{share}")
+            made = (blocks, name, f"{math.exp(losses[-1]):.2f}{unfitted}", rise)
             rows.append((*made, f"{lab.passes - passes:.1f}", f"{seconds:.0f}", where))
             print(rows[-1], file=sys.stderr, flush=True)
     columns = ("blocks' worth", "recipe", "ppl8", "lr", "passes", "s", "gone")
+    rows.sort(key=lambda r: (r[0], r[3] if isinstance(r[3], float) else math.inf))
+    for place, row in enumerate(rows):
+        if isinstance(row[3], float):
+            share = "" if row[1] in PUBLISHED else f" ({row[3] / best[row[0]]:.2f} of the best published)"
+            rows[place] = (*row[:3], f"{row[3]:.3f}{share}", *row[4:])
     head = f"dense ppl8 {math.exp(dense):.2f}, calibrated on {given.rows} x 512 tokens; {machine(given.threads)}\n\n"
     return head + table(columns, rows)
 

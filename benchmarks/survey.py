@@ -3,16 +3,16 @@
     python benchmarks/survey.py [--rounds 7]
 
 Time: plain and survey in turn, A B B A, in one process. Memory: each in fresh processes of its own, the peak of
-resident memory after loading as the operating system counts it.
+resident memory of the run itself, as Linux counts it.
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
-import resource
 import statistics
 import time
+from pathlib import Path
 
 import torch
 from common import arguments, machine, opened, table, text
@@ -42,13 +42,14 @@ def survey(lab: Lab) -> None:
 
 
 def peak(given: argparse.Namespace, work: str, queue: multiprocessing.Queue) -> None:
-    """In a process of its own: resident memory in MB before and at the peak of one run."""
+    """In a process of its own: the peak of resident memory in MB during one run."""
     loaded = opened(given)
     lab = Lab(loaded.model, text(given, loaded, "calibration", ROWS, LENGTH))
     lab.anatomy.total()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")
     (plain if work == "plain" else survey)(lab)
-    queue.put((before / 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+    status = Path("/proc/self/status").read_text().splitlines()
+    queue.put(next(int(row.split()[1]) / 1024 for row in status if row.startswith("VmHWM")))
 
 
 def main() -> str:
@@ -62,7 +63,7 @@ def main() -> str:
         queue = spawn.Queue()
         child = spawn.Process(target=peak, args=(given, work, queue))
         child.start()
-        memory[work] = queue.get()[1]
+        memory[work] = queue.get()
         child.join()
     loaded = opened(given)
     lab = Lab(loaded.model, text(given, loaded, "calibration", ROWS, LENGTH))

@@ -66,9 +66,10 @@ def run(
 
 
 @contextmanager
-def _as_given(model: str | nn.Module) -> Iterator[None]:
+def _as_given(model: str | nn.Module | None) -> Iterator[None]:
     """Afterwards every part of a module in memory is in training or evaluation as before."""
-    modes = [] if isinstance(model, str) else [(part, part.training) for part in model.modules()]
+    parts = [] if model is None or isinstance(model, str) else list(model.modules())
+    modes = [(part, part.training) for part in parts]
     try:
         yield
     finally:
@@ -101,22 +102,26 @@ def survey(
 
 def plan(folder: str | Path, **options: Any) -> Plan:
     """Choose what goes in a run that was surveyed."""
-    return verbs.plan(Run.open(folder, **options))
+    with _as_given(options.get("model")):
+        return verbs.plan(Run.open(folder, **options))
 
 
 def apply(folder: str | Path, **options: Any) -> Receipts:
     """Do what the plan says, and publish the checkpoint once it is shown to reload."""
-    return verbs.apply(Run.open(folder, **options))
+    with _as_given(options.get("model")):
+        return verbs.apply(Run.open(folder, **options))
 
 
 def heal(folder: str | Path, **options: Any) -> Receipts:
     """Heal as the recipe says."""
-    return verbs.heal(Run.open(folder, **options))
+    with _as_given(options.get("model")):
+        return verbs.heal(Run.open(folder, **options))
 
 
 def prove(folder: str | Path, **options: Any) -> EvidenceFile:
     """Measure what the plan cost."""
-    return verbs.prove(Run.open(folder, **options))
+    with _as_given(options.get("model")):
+        return verbs.prove(Run.open(folder, **options))
 
 
 def report(folder: str | Path) -> Path:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lamina.core.errors import InputError, LaminaError
-from lamina.options import budget_of, make_recipe, recipe_of
+from lamina.options import budget_of, laid_over, make_recipe, recipe_of
 
 if TYPE_CHECKING:
     from lamina.core.documents import Recipe
@@ -38,9 +38,7 @@ Protect = Annotated[list[str] | None, typer.Option(metavar="SITE", help="A site 
 Named = Annotated[
     str, typer.Option("--recipe", "-r", metavar="NAME|FILE", help="A recipe of `lamina methods`, or a file.")
 ]
-Refit = Annotated[
-    bool | None, typer.Option("--refit/--no-refit", help="Refit the maps before the gaps, in closed form.")
-]
+Refit = Annotated[bool | None, typer.Option("--refit/--no-refit", help="Refit, in closed form, the maps that stay.")]
 Steps = Annotated[int | None, typer.Option("--heal", metavar="STEPS", help="Heal for so many steps.")]
 Minutes = Annotated[float | None, typer.Option("--heal-minutes", metavar="MIN", help="Heal for so many minutes.")]
 Text = Annotated[str, typer.Option(metavar="SOURCE", help="Calibration text: file, folder, JSONL, Parquet, hf:NAME.")]
@@ -58,6 +56,7 @@ Gguf = Annotated[bool, typer.Option("--gguf", help="Also write model.gguf for ll
 
 @app.command(epilog="Example: lamina thin smollm2-135m --keep 75% --out run")
 def thin(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(metavar="[MODEL]", help="A folder, a hub id, a .gguf file or a name.")] = "",
     keep: Keep = None,
     parameters: Parameters = None,
@@ -97,12 +96,12 @@ def thin(
     asked: dict[str, Any] = {
         "refit": refit, "dtype": dtype, "device": device, "seed": seed, "gguf": gguf,
         "trust_remote_code": trust_remote_code,
-        "data": {
-            "calibration": text, "heldout": heldout, "column": column, "length": length, "sequences": sequences,
-            "heldout_sequences": heldout_sequences,
-        },
     }  # fmt: skip
-    chosen = data or asked
+    texts: dict[str, Any] = {
+        "text": text, "heldout": heldout, "column": column, "length": length, "sequences": sequences,
+        "heldout_sequences": heldout_sequences,
+    }  # fmt: skip
+    chosen = laid_over(data, asked, texts, lambda name: str(context.get_parameter_source(name)).endswith("COMMANDLINE"))
     if heal is not None or heal_minutes is not None:
         chosen = {**chosen, "heal": {"steps": heal, "minutes": heal_minutes}}
     if budget is not None:

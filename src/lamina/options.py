@@ -98,3 +98,12 @@ def make_recipe(data: dict[str, Any]) -> Recipe:
     from lamina.core.documents import Recipe
 
     return Recipe.from_data({k: v for k, v in data.items() if v is not None})
+
+
+def laid_over(
+    data: dict[str, Any], asked: dict[str, Any], texts: dict[str, Any], typed: Callable[[str], bool]
+) -> dict[str, Any]:
+    """A recipe file's data with what was typed laid over it; without a file, all that was asked, defaults too."""
+    told = {k: v for k, v in {**asked, **texts}.items() if not data or typed(k)}
+    spoken = {("calibration" if k == "text" else k): told[k] for k in texts if k in told}
+    return {**data, **{k: told[k] for k in asked if k in told}, "data": {**data.get("data", {}), **spoken}}

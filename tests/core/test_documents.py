@@ -113,6 +113,7 @@ def test_yaml_is_what_people_read(tmp_path: Path) -> None:
     assert (tmp_path / "plan.yaml").read_text() == (
         "lamina: 1\n"
         "model: {name: m, fingerprint: 'sha256:0'}\n"
+        "recipe: default\n"
         "budget:\n  metric: parameters\n  keep: 0.75\n  protect: [block.0]\n"
         "steps:\n- rewrite: drop\n  sites: [block.1, block.2.mlp]\n  why: {damage: 0.011}\n"
     )

@@ -48,7 +48,8 @@ def test_a_silent_site_has_cosine_one_exactly() -> None:
 
 def test_sixteen_bits_are_lifted() -> None:
     t = taps(torch.bfloat16)
-    assert {v.dtype for v in (t.x, t.f, t.leaving, t.xx)} == {torch.float32}
+    assert {v.dtype for v in (t.x, t.f, t.leaving)} == {torch.float32}
+    assert {v.dtype for v in (t.xx, t.xy, t.yy, t.ff)} == {torch.float64}
     assert torch.equal(t.leaving, t.entering.float() + t.added.float())
 
 

@@ -190,6 +190,8 @@ def _tokens(vocab: Mapping[str, int], added: Sequence[Mapping[str, Any]]) -> tup
 
 
 def _merges(merges: Sequence[Any]) -> list[str]:
+    if not merges:
+        raise UnsupportedError("the tokenizer has no merges, and llama.cpp's byte-level BPE needs some", where=_WHERE)
     pairs = [merge.split(" ") if isinstance(merge, str) else list(merge) for merge in merges]
     if any(len(pair) != 2 or any(" " in part for part in pair) for pair in pairs):
         raise UnsupportedError("a merge holds a bare space, so this is no byte-level BPE", where=_WHERE)

@@ -31,5 +31,5 @@ def verdicts(receipts: Sequence[Receipt], model: Any = None) -> list[str]:
             first = problems[0]
             lines.append(f"{name}: no, {first.where + ': ' if first.where else ''}{first.what}")
         else:
-            lines.append(f"{name}: yes, lamina export RUN --to model.{name}")
+            lines.append(f"{name}: yes, lamina export RUN --format {name}")
     return lines

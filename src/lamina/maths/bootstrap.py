@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import ndtr, ndtri
 
 Array = NDArray[np.float64]
 Interval = tuple[float, float]
@@ -50,6 +49,8 @@ def median_interval(values: ArrayLike, *, seed: int, resamples: int = 2000, leve
 
 def bca(drawn: Array, estimate: float, left_out: Array, level: float) -> Interval:
     """The BCa interval from resampled values, the estimate and its values with one sequence left out."""
+    from scipy.special import ndtr, ndtri
+
     tails = np.array([(1 - level) / 2, (1 + level) / 2])
     below = (np.sum(drawn < estimate) + 0.5 * np.sum(drawn == estimate)) / len(drawn)
     away = left_out.mean() - left_out

@@ -31,6 +31,10 @@ def _mixture(p: Tensor, q: Tensor) -> Tensor:
     return torch.maximum(p, q) + torch.log1p(torch.expm1(-(p - q).abs()) / 2)
 
 
+ROUNDING = 1e-6
+"""Relative to the largest logit: what float32 sums over a vocabulary leave of a KL that is zero."""
+
+
 class KLFrom:
     """KL(p‖q) from one reference to many logits: the reference's softmax is computed once.
 
@@ -45,7 +49,8 @@ class KLFrom:
     def __call__(self, logits: Tensor) -> Tensor:
         """KL from the reference to `logits`, per position."""
         z = logits.float()
-        return (self.negentropy - torch.linalg.vecdot(self.p, z) + torch.logsumexp(z, -1)).clamp_min(0.0)
+        found = self.negentropy - torch.linalg.vecdot(self.p, z) + torch.logsumexp(z, -1)
+        return torch.where(found > ROUNDING * (1 + z.abs().amax(-1)), found, 0.0)
 
 
 def nll(logits: Tensor, labels: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ import contextlib
 import dataclasses
 import errno
 import json
+import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lamina.core.documents import EvidenceFile, ModelRef, Plan, Receipts, Recipe
-from lamina.core.errors import InputError
+from lamina.core.errors import InputError, LaminaError
 from lamina.core.files import atomic, fingerprint, sweep, to_json, to_yaml, write_text
 
 if TYPE_CHECKING:
@@ -86,7 +88,10 @@ class Run:
             raise InputError("a run needs a folder, and this is a file", where=folder)
         if not path.is_file() and folder.exists() and any(not _left(p) for p in folder.iterdir()):
             raise InputError("the folder is not empty and holds no run", where=folder, hint="choose another --out")
-        same = path.is_file() and Recipe.load(path) == recipe
+        there = Recipe.load(path) if path.is_file() else None
+        if there is not None and dataclasses.replace(there, heal=None) == recipe:
+            recipe = there  # healed since
+        same = there == recipe
         if not same and path.is_file() and any((folder / name).exists() for name in MADE):
             hint = f"choose another --out, or change this run: lamina plan {folder} --keep …"
             raise InputError("the folder holds a run of another recipe", where=folder, hint=hint)
@@ -149,10 +154,10 @@ class Run:
         began = time.monotonic()
         try:
             yield True
-        except OSError as error:
-            if error.errno in UNWRITABLE:
-                raise _unwritable(error.filename or self.folder, error) from error
-            raise
+        except Exception as error:
+            if isinstance(error, LaminaError) or _errno(error) not in UNWRITABLE:
+                raise
+            raise _unwritable(getattr(error, "filename", None) or self.folder, error) from error
         self._note(name, {"inputs": mark, **facts}, outputs)
         self.log(f"{name} done in {time.monotonic() - began:.1f} s")
 
@@ -213,7 +218,9 @@ class Run:
     def tokens(self) -> Tokens:
         """Calibration and held-out blocks."""
         from lamina.lab.texts import prepare
+        from lamina.pipeline.checks import check_length
 
+        check_length(self.recipe, self.loaded.model)
         tokens = prepare(self.recipe.data, self.loaded.tokenizer, seed=self.recipe.seed)
         for warning in tokens.warnings:
             self.say(f"warning: {warning}")
@@ -298,9 +305,18 @@ def _left(path: Path) -> bool:
     return path.match(".recipe.yaml.*.tmp")
 
 
-def _unwritable(where: object, error: OSError) -> InputError:
+def _errno(error: Exception) -> int | None:
+    """The operating system's number of an error; libraries in Rust tell it in their words alone."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None
+
+
+def _unwritable(where: object, error: Exception) -> InputError:
     hint = "make room, then the same command goes on from here"
-    return InputError(f"can't write: {error.strerror or error}", where=where, hint=hint)
+    why = os.strerror(_errno(error) or errno.EIO)
+    return InputError(f"can't write: {why}", where=where, hint=hint)
 
 
 def _print(path: Path) -> str:

@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from lamina.core import registry
@@ -15,6 +14,7 @@ from lamina.core.documents import Budget, Evidence, EvidenceFile, Plan, Receipt,
 from lamina.core.errors import InputError
 from lamina.core.files import atomic, fingerprint, sweep
 from lamina.core.papers import Need
+from lamina.pipeline.checks import check, fitting, seeded
 from lamina.pipeline.run import Run
 
 if TYPE_CHECKING:
@@ -130,6 +130,8 @@ def _choose(run: Run, journal: Path) -> tuple[tuple[Step, ...], dict[str, float]
 
 
 def refit_step(lab: Lab, gone: Sequence[str]) -> Step | None:
+    """The step that refits the maps around what goes; None where there is none."""
+    """The refit around the sites that go; None where nothing that stays can take it."""
     from lamina.rewrites.refit import RIDGE, refit_sites
 
     sites = refit_sites(lab.anatomy, gone)
@@ -281,12 +283,6 @@ def _sitting(run: Run, inputs: Sequence[object]) -> Path:
     return own
 
 
-def seeded(methods: registry.Registry, name: str, run: Run, options: Mapping[str, Any] = MappingProxyType({})) -> Any:
-    """A method's options with the run's seed, where it takes one and none is given."""
-    takes = any(option == "seed" for option, _, _ in methods.card(name).options)
-    return {**({"seed": run.recipe.seed} if takes else {}), **options}
-
-
 EVALUATORS = ("quality", "size", "speed", "memory")
 
 
@@ -304,7 +300,7 @@ def prove(run: Run) -> EvidenceFile:
             gone = tuple(s for r in receipts.receipts if r.rewrite == "drop" for s in r.sites)
             for name in EVALUATORS:
                 run.say(f"measuring {name}")
-                given = {"gone": gone} if name == "speed" else {}
+                given = {**fitting(run.loaded.model, name), **({"gone": gone} if name == "speed" else {})}
                 evaluator = registry.EVALUATORS.make(name, seeded(registry.EVALUATORS, name, run, given))
                 found += evaluator.evaluate(lab, reference=run.loaded.model)
             contract = run.state / "contract.json"
@@ -374,9 +370,7 @@ def _copied(published: Path, to: Path) -> list[Path]:
 
 def thin(run: Run) -> Run:
     """All verbs in order but the report, which needs only the folder."""
-    if run.recipe.gguf:
-        for problem in registry.EXPORTERS.make("gguf").check((), run.loaded.model, run.loaded):
-            raise problem.error()
+    check(run)
     survey(run)
     plan(run)
     apply(run)

@@ -122,7 +122,7 @@ recipe(
 recipe(
     "default",
     SLEB,
-    summary="Greedy over blocks by the divergence from the dense model, then a closed-form refit before each gap.",
+    summary="Greedy over blocks by the divergence from the dense model, then a closed-form refit of what stays.",
     measure="damage",
     measure_options={"sequences": 8, "length": 256},
     planner="greedy",
@@ -131,6 +131,6 @@ recipe(
     status="stable",
     deviations=(
         "KL from the dense model per parameter, not the loss",
-        "the maps before the gaps are refitted (see the rewrite refit)",
+        "the maps from the first gap on are refitted (see the rewrite refit)",
     ),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from lamina.core import registry
 from lamina.core.documents import Plan, Recipe
@@ -112,6 +113,10 @@ class Decision:
     share: float
 
 
+def _worded(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
 def decisions(plan: Plan) -> tuple[list[str], list[Decision], str]:
     """The reasons' names (columns), the steps (rows) and the reason that is drawn as a bar, if any."""
     columns = list(dict.fromkeys(key for step in plan.steps for key in step.why))
@@ -124,7 +129,7 @@ def decisions(plan: Plan) -> tuple[list[str], list[Decision], str]:
             number=n,
             rewrite=step.rewrite,
             sites=step.sites,
-            options=", ".join(f"{k}: {v}" for k, v in step.options.items()),
+            options=", ".join(f"{k} {_worded(v)}" for k, v in step.options.items()),
             why=tuple(significant(step.why[c]) if c in step.why else NONE for c in columns),
             share=sizes[n - 1] / most if drawn else 0.0,
         )

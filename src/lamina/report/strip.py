@@ -248,7 +248,7 @@ class _Pen:
 
 
 def _mark(state: str, x: float, y: float, width: float, height: float) -> list[Markup]:
-    """What is drawn over a cell: a cross, a bar, or a dot."""
+    """What is drawn over a cell: a cross, a bar, an underline, or a dot."""
     if state == "dropped":
         high = height / 2 - min(4.0, height / 4)
         wide = min(width / 2 - 4, 1.6 * high)
@@ -256,7 +256,10 @@ def _mark(state: str, x: float, y: float, width: float, height: float) -> list[M
         top, bottom = y + height / 2 - high, y + height / 2 + high
         ends = ((left, top, right, bottom), (left, bottom, right, top))
         return [line(*end, name) for name in ("halo", "cross") for end in ends]
-    if state in ("changed", "part"):
+    if state == "changed":
+        low = y + height - min(3.0, height / 4)
+        return [line(x + 5, low, x + width - 5, low, "halo"), line(x + 5, low, x + width - 5, low, "fitted")]
+    if state == "part":
         end = (x + 4, y + height / 2, x + width - 4, y + height / 2)
         return [line(*end, "halo"), line(*end, "cross")]
     if state == "protected":

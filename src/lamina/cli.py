@@ -26,6 +26,8 @@ app = typer.Typer(
     epilog="Start with: [bold]lamina thin smollm2-135m --keep 75%[/bold]",
 )
 
+INTERRUPTED = 130
+
 Folder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, as `thin` or `survey` makes it.")]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a hub id, a .gguf file or a name of the shelf.")]
 Out = Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="The run folder to make or go on with.")]
@@ -191,8 +193,12 @@ def apply(folder: Folder) -> None:
     run = opened(folder)
     with shown(run):
         receipts = pipeline.apply(run)
-    before, after = receipts.receipts[0].before, receipts.receipts[-1].after
-    say(f"{before.parameters:,} parameters became {after.parameters:,}: {run.path('model')}")
+    if receipts.receipts:
+        before, after = receipts.receipts[0].before, receipts.receipts[-1].after
+        say(f"{before.parameters:,} parameters became {after.parameters:,}")
+    else:
+        say("the plan drops nothing")
+    say(str(run.path("model")))
 
 
 @app.command(epilog="Example: lamina heal run --steps 200")
@@ -344,12 +350,14 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point: one line and exit code 2 for what the user can mend, 130 after Ctrl-C."""
     try:
         code = app(arguments, standalone_mode=False)
+        if code == INTERRUPTED:
+            raise KeyboardInterrupt
     except LaminaError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         typer.echo("interrupted; the same command goes on from here", err=True)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except Exception as error:
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
             typer.echo(f"error: {error.format_message()} (see --help)", err=True)  # type: ignore[attr-defined]

@@ -44,7 +44,7 @@ def amount(text: str, option: str) -> int:
     unit = text.strip()[len(number) :].lower()
     try:
         value = int(float(number) * UNITS[unit])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, OverflowError):
         raise InputError(f"{text!r} is no amount", where=option, hint="write 100M, 1.5B or 200MB") from None
     if value <= 0:
         raise InputError(f"{text} is not positive", where=option)
@@ -75,6 +75,8 @@ def budget_of(
         asked.append(("--sublayers", lambda: {"metric": "sublayers", "drop": sublayers}))
     if len(asked) > 1:
         raise InputError(f"one budget at a time, not {' and '.join(name for name, _ in asked)}")
+    if not asked and protect:
+        raise InputError("--protect belongs to a budget", hint="say --keep 75% --protect block.0")
     if not asked:
         return None
     return Budget.from_data({**asked[0][1](), "protect": tuple(protect or ())}, where=asked[0][0])

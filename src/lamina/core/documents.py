@@ -149,6 +149,9 @@ class Heal(Document):
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.minutes is None):
             raise ValueError("healing takes exactly one of steps and minutes")
+        amount = self.steps if self.steps is not None else self.minutes
+        if not (amount is not None and 0 < amount < float("inf")):
+            raise ValueError(f"healing takes a positive number of steps or minutes, not {amount}")
 
 
 @dataclass(frozen=True, kw_only=True)

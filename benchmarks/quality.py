@@ -8,6 +8,7 @@ sequences of 512 tokens; `lr` is the logarithm of its ratio to the dense model's
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 import time
@@ -35,6 +36,9 @@ def main() -> str:
     parser.add_argument("--blocks", type=int, nargs="+", default=[3, 8])
     parser.add_argument("--recipes", default="default," + PUBLISHED)
     parser.add_argument("--rows", type=int, default=32)
+    parser.add_argument(
+        "--options", type=json.loads, default={}, help="planner options laid over the recipes', as JSON"
+    )
     given = parser.parse_args()
     loaded = opened(given)
     lab = Lab(loaded.model, text(given, loaded, "calibration", given.rows, 512))
@@ -57,7 +61,7 @@ def main() -> str:
             row = registry.row(name)
             began, passes = time.perf_counter(), lab.passes
             measure = registry.MEASURES.make(row.measure, row.measure_options) if row.measure else None
-            options = {**row.planner_options, **({"kinds": row.kinds} if row.kinds else {})}
+            options = {**row.planner_options, **({"kinds": row.kinds} if row.kinds else {}), **given.options}
             planner = registry.PLANNERS.make(row.planner, options)
             limit = lab.anatomy.total().parameters - blocks * block
             try:

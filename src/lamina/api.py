@@ -60,7 +60,7 @@ def run(
     named = model if isinstance(model, str) else type(model).__name__
     fields: dict[str, Any] = {"name": recipe, "model": named, "budget": budget.to_data(), **more}
     if heal is not None:
-        fields["heal"] = Heal(steps=heal).to_data()
+        fields["heal"] = Heal.from_data({"steps": heal}).to_data()
     in_memory = None if isinstance(model, str) else model
     return Run.start(Path(out), Recipe.from_data(fields), model=in_memory, tokenizer=tokenizer)
 

@@ -113,6 +113,7 @@ def test_sublayers_chain_up_to_the_block(name: str) -> None:
     for place in range(0, len(recorder.seen), 3):
         (_, block), (_, mixes), (site, feeds) = recorder.seen[place : place + 3]
         torch.testing.assert_close(block.added, mixes.added + feeds.added, rtol=0, atol=1e-5)
+        torch.testing.assert_close(block.leaving, block.entering + block.added, rtol=0, atol=1e-5)
         assert torch.equal(mixes.entering, block.entering)
         serial = bool(bench.anatomy.branch(site).reads)
         assert serial == (name not in ("gpt_neox", "falcon"))

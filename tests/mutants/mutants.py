@@ -101,6 +101,12 @@ MUTANTS = (
         "return (p.exp() * (p - q)).sum(-1).clamp_min(0.0)",
         "return (q.exp() * (q - p)).sum(-1).clamp_min(0.0)",
         "tests/maths/test_divergence.py::test_the_order_of_arguments",
+    ),
+    mutant(
+        "the judge's KL taken over the thinned model's own distribution",
+        "maths/divergence.py",
+        "torch.linalg.vecdot(self.p, z)",
+        "torch.linalg.vecdot(z.softmax(-1), z)",
         "tests/lab/test_judge.py::test_the_judge_foresees_the_dropped_model[llama]",
     ),
     mutant(

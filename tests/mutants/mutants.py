@@ -105,7 +105,7 @@ MUTANTS = (
     mutant(
         "the judge's KL taken over the thinned model's own distribution",
         "maths/divergence.py",
-        "torch.linalg.vecdot(self.p, z)",
+        "torch.linalg.vecdot(p[start : start + ROWS], z)",
         "torch.linalg.vecdot(z.softmax(-1), z)",
         "tests/lab/test_judge.py::test_the_judge_foresees_the_dropped_model[llama]",
     ),

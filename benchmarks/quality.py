@@ -37,7 +37,7 @@ def main() -> str:
     parser.add_argument("--recipes", default="default," + PUBLISHED)
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument(
-        "--options", type=json.loads, default={}, help="planner options laid over the recipes', as JSON"
+        "--options", type=json.loads, default={}, help="planner options by recipe, as JSON: {recipe: {option: value}}"
     )
     given = parser.parse_args()
     loaded = opened(given)
@@ -61,7 +61,11 @@ def main() -> str:
             row = registry.row(name)
             began, passes = time.perf_counter(), lab.passes
             measure = registry.MEASURES.make(row.measure, row.measure_options) if row.measure else None
-            options = {**row.planner_options, **({"kinds": row.kinds} if row.kinds else {}), **given.options}
+            options = {
+                **row.planner_options,
+                **({"kinds": row.kinds} if row.kinds else {}),
+                **given.options.get(name, {}),
+            }
             planner = registry.PLANNERS.make(row.planner, options)
             limit = lab.anatomy.total().parameters - blocks * block
             try:
@@ -90,7 +94,8 @@ def main() -> str:
         if isinstance(row[3], float):
             share = "" if row[1] in PUBLISHED else f" ({row[3] / best[row[0]]:.2f} of the best published)"
             rows[place] = (*row[:3], f"{row[3]:.3f}{share}", *row[4:])
-    head = f"dense ppl8 {math.exp(dense):.2f}, calibrated on {given.rows} x 512 tokens; {machine(given.threads)}\n\n"
+    changed = "".join(f"; {name} with {options}" for name, options in given.options.items())
+    head = f"dense ppl8 {math.exp(dense):.2f}, calibrated on {given.rows} x 512 tokens{changed}; {machine(given.threads)}\n\n"
     return head + table(columns, rows)
 
 

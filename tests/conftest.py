@@ -21,7 +21,9 @@ import importlib.util
 import ipaddress
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -82,3 +84,42 @@ def seeded() -> Iterator[None]:
         torch = sys.modules["torch"]
         assert torch.is_grad_enabled(), "the test left gradients switched off"
         assert torch.get_default_dtype() is torch.float32, "the test left another default dtype behind"
+
+
+@pytest.fixture(scope="session")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `model/`, `calibration.txt` and `heldout.txt`."""
+    from tiny_run import make_bench
+
+    return make_bench(tmp_path_factory.mktemp("bench"))
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs in this process without the contract's fresh process and without measuring times."""
+    from tiny_run import make_quick
+
+    make_quick(monkeypatch)
+
+
+@pytest.fixture
+def alone(quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quick runs in an empty working folder, with an empty cache."""
+    monkeypatch.setenv("LAMINA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def lamina(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """`lamina(*arguments)`: exit code, standard output and standard error of a command, run in this process."""
+    from tiny_run import caller
+
+    return caller(capsys)
+
+
+@pytest.fixture
+def thin(lamina: Any, bench: Path, tmp_path: Path) -> Callable[..., tuple[int, str, str]]:
+    """`lamina thin` on the bench; later words win over earlier ones."""
+    from tiny_run import thin_command
+
+    return lambda *more, out=tmp_path / "run": lamina(*thin_command(bench, out, *map(str, more)))

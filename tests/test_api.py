@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -19,28 +16,7 @@ from lamina.testing.bench import expect_same, picture
 from lamina.testing.models import text, tiny
 from lamina.testing.tools import tokenizer
 
-
-def _tiny_run() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("tiny_run", Path(__file__).parent / "pipeline" / "tiny_run.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-tiny_run = _tiny_run()
-
-
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_run.make_bench(tmp_path_factory.mktemp("bench"))
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny_run.make_quick(monkeypatch)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def data(bench: Path, **more: Any) -> dict[str, Any]:

@@ -2,49 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tiny_run
 import torch
 
-
-def _tiny_run() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("tiny_run", Path(__file__).parent / "pipeline" / "tiny_run.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-tiny_run = _tiny_run()
-
-
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_run.make_bench(tmp_path_factory.mktemp("bench"))
-
-
-@pytest.fixture
-def lamina(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    tiny_run.make_quick(monkeypatch)
-    monkeypatch.setenv("LAMINA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
-    return tiny_run.caller(capsys)
-
-
-@pytest.fixture
-def thin(lamina: Any, bench: Path, tmp_path: Path) -> Callable[..., tuple[int, str, str]]:
-    """`lamina thin` on the bench; later words win over earlier ones."""
-    return lambda *more, out=tmp_path / "run": lamina(*tiny_run.thin_command(bench, out, *map(str, more)))
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 # ---------------------------------------------------------------- models

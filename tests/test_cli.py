@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
@@ -10,28 +9,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import tiny_run
 import torch
 
 from lamina.cli import app
 from lamina.core import registry
 from lamina.core.documents import EvidenceFile, Receipts
 
-
-def _tiny_run() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("tiny_run", Path(__file__).parent / "pipeline" / "tiny_run.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-tiny_run = _tiny_run()
 ENTRY = [sys.executable, "-c", "from lamina.cli import main; main()"]
 COMMANDS = sorted(c.name or c.callback.__name__ for c in app.registered_commands if c.callback)
 
@@ -41,11 +28,6 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tiny_run.make_bench(tmp_path_factory.mktemp("bench"))
     tiny_run.make_model(folder / "gpt2", "gpt2")
     return folder
-
-
-@pytest.fixture
-def lamina(capsys: pytest.CaptureFixture[str]) -> Any:
-    return tiny_run.caller(capsys)
 
 
 def in_process(*arguments: str) -> None:

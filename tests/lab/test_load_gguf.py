@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import subprocess
@@ -10,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gguf_tiny
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
@@ -18,17 +18,6 @@ from lamina.core.errors import LaminaError
 from lamina.lab import gguf_cache
 from lamina.lab.load import load, resolve
 from lamina.lab.shelf import find, shelf
-
-HERE = Path(__file__).parent
-
-
-def _tiny_gguf() -> Any:
-    spec = importlib.util.spec_from_file_location("gguf_tiny", HERE / "gguf_tiny.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def refused(spec: Any, *words: str, **options: Any) -> str:
@@ -50,7 +39,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    return _tiny_gguf().write(tmp_path / "Tiny.gguf")
+    return gguf_tiny.write(tmp_path / "Tiny.gguf")
 
 
 def test_gguf_twice(file: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,7 +74,7 @@ def test_gguf_tokenizer_survives(file: Path, cache: Path) -> None:
     for _ in range(2):
         tokenizer = load(file).tokenizer
         assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
-        assert tokenizer.chat_template == _tiny_gguf().TEMPLATE
+        assert tokenizer.chat_template == gguf_tiny.TEMPLATE
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         assert 1 in ids
         assert 2 in ids
@@ -147,11 +136,11 @@ def test_damaged_gguf(file: Path, cache: Path, damage: Any, word: str) -> None:
 
 
 def test_gguf_of_an_encoder(tmp_path: Path, cache: Path) -> None:
-    refused(_tiny_gguf().write(tmp_path / "e.gguf", architecture="bert"), "an encoder (bert)")
+    refused(gguf_tiny.write(tmp_path / "e.gguf", architecture="bert"), "an encoder (bert)")
 
 
 def test_gguf_of_unknown_architecture(tmp_path: Path, cache: Path) -> None:
-    refused(_tiny_gguf().write(tmp_path / "e.gguf", architecture="klingon"), "e.gguf", "klingon")
+    refused(gguf_tiny.write(tmp_path / "e.gguf", architecture="klingon"), "e.gguf", "klingon")
 
 
 # ---------------------------------------------------------------- the real one

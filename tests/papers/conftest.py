@@ -1,27 +1,16 @@
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 
 
-def _literal() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("papers_literal", Path(__file__).with_name("literal.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="session")
 def literal() -> ModuleType:
     """The formulas written out."""
-    return _literal()
+    import papers_literal
+
+    return papers_literal
 
 
 @pytest.fixture(scope="session")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import tiny_run
 
 ASKED = ("--keep", "70%", "--heal", "12", "--gguf")
 TIMED = ("log.txt", "evidence.json", "report.html", ".state")
@@ -42,14 +42,14 @@ QUICK = (
 
 
 @pytest.fixture(scope="module")
-def undisturbed(zygote: Any, tiny_run: ModuleType, bench: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(zygote: Any, bench: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("undisturbed") / "run"
     code, _, err = zygote.run(tiny_run.thin_command(bench, run, *ASKED))
     assert code == 0, err
     return run
 
 
-def same_as(undisturbed: Path, run: Path, tiny_run: ModuleType) -> None:
+def same_as(undisturbed: Path, run: Path) -> None:
     mine, due = (tiny_run.contents(f, *TIMED) for f in (run, undisturbed))
     assert set(mine) == set(due)
     assert {"plan.yaml", "receipts.json", "survey.parquet", "recipe.yaml", "model.gguf"} < set(mine)
@@ -61,20 +61,18 @@ def same_as(undisturbed: Path, run: Path, tiny_run: ModuleType) -> None:
 
 @pytest.mark.parametrize("point", [p if p in QUICK else pytest.param(p, marks=pytest.mark.slow) for p in POINTS])
 def test_a_killed_run_goes_on_to_the_same_bytes(
-    zygote: Any, tiny_run: ModuleType, bench: Path, undisturbed: Path, tmp_path: Path, point: str
+    zygote: Any, bench: Path, undisturbed: Path, tmp_path: Path, point: str
 ) -> None:
     command = tiny_run.thin_command(bench, tmp_path / "run", *ASKED)
     code, _, err = zygote.run(command, **POINTS[point])
     assert code == -signal.SIGKILL, err
     code, _, err = zygote.run(command)
     assert code == 0, err
-    same_as(undisturbed, tmp_path / "run", tiny_run)
+    same_as(undisturbed, tmp_path / "run")
 
 
 @pytest.mark.slow
-def test_killed_again_and_again(
-    zygote: Any, tiny_run: ModuleType, bench: Path, undisturbed: Path, tmp_path: Path
-) -> None:
+def test_killed_again_and_again(zygote: Any, bench: Path, undisturbed: Path, tmp_path: Path) -> None:
     """One folder: killed before the first file takes its place, then before the second that is due then, and so on."""
     command = tiny_run.thin_command(bench, tmp_path / "run", *ASKED)
     code, kills = -signal.SIGKILL, 0
@@ -83,23 +81,19 @@ def test_killed_again_and_again(
         code, _, err = zygote.run(command, at=REPLACE, call=kills)
     assert code == 0, err
     assert kills > 5
-    same_as(undisturbed, tmp_path / "run", tiny_run)
+    same_as(undisturbed, tmp_path / "run")
 
 
-def test_killed_twice_in_a_row(
-    zygote: Any, tiny_run: ModuleType, bench: Path, undisturbed: Path, tmp_path: Path
-) -> None:
+def test_killed_twice_in_a_row(zygote: Any, bench: Path, undisturbed: Path, tmp_path: Path) -> None:
     """A kill in healing, then one while the healed model is published, then on."""
     command = tiny_run.thin_command(bench, tmp_path / "run", *ASKED)
     assert zygote.run(command, **POINTS["heal, after a state"])[0] == -signal.SIGKILL
     assert zygote.run(command, at=REPLACE, to="model", after=True)[0] == -signal.SIGKILL
     assert zygote.run(command)[0] == 0
-    same_as(undisturbed, tmp_path / "run", tiny_run)
+    same_as(undisturbed, tmp_path / "run")
 
 
-def test_a_model_without_its_receipts_is_not_taken_for_the_plans(
-    zygote: Any, tiny_run: ModuleType, bench: Path, tmp_path: Path
-) -> None:
+def test_a_model_without_its_receipts_is_not_taken_for_the_plans(zygote: Any, bench: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = tiny_run.thin_command(bench, run, "--sublayers", "2", "--heal", "3")
     assert zygote.run(command, **POINTS["heal, model published without receipts"])[0] == -signal.SIGKILL
@@ -110,9 +104,7 @@ def test_a_model_without_its_receipts_is_not_taken_for_the_plans(
         assert "run lamina apply first" in err
 
 
-def test_an_interrupt_says_that_the_run_goes_on(
-    zygote: Any, tiny_run: ModuleType, bench: Path, undisturbed: Path, tmp_path: Path
-) -> None:
+def test_an_interrupt_says_that_the_run_goes_on(zygote: Any, bench: Path, undisturbed: Path, tmp_path: Path) -> None:
     command = tiny_run.thin_command(bench, tmp_path / "run", *ASKED)
     code, _, err = zygote.run(command, **{**POINTS["heal, after a state"], "signal": signal.SIGINT})
     assert code == 130
@@ -121,4 +113,4 @@ def test_an_interrupt_says_that_the_run_goes_on(
     assert [p for p in (tmp_path / "run").rglob("*") if p.name in ("draft",) or p.suffix == ".tmp"] == []
     code, _, err = zygote.run(command)
     assert code == 0, err
-    same_as(undisturbed, tmp_path / "run", tiny_run)
+    same_as(undisturbed, tmp_path / "run")

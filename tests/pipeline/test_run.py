@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import tiny_run
 import yaml
 
 from lamina.core import registry
@@ -35,7 +35,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_run: ModuleType, bench: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(bench: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run; copy it before changing it."""
     run = tmp_path_factory.mktemp("finished") / "run"
     with pytest.MonkeyPatch.context() as patch:
@@ -60,7 +60,7 @@ def run(finished: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("more", [(), ("--heal", "2", "--gguf")])
 def test_a_finished_run_is_not_run_again(
-    lamina: Any, tiny_run: ModuleType, bench: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str]
+    lamina: Any, bench: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str]
 ) -> None:
     run = tmp_path / "run"
     command = tiny_run.thin_command(bench, run, "--keep", "80%", *more)
@@ -76,7 +76,7 @@ def test_a_finished_run_is_not_run_again(
     assert all(f"{v}: done already" in log for v in verbs)
 
 
-def test_verb_by_verb_is_the_same_as_thin(lamina: Any, tiny_run: ModuleType, bench: Path, tmp_path: Path) -> None:
+def test_verb_by_verb_is_the_same_as_thin(lamina: Any, bench: Path, tmp_path: Path) -> None:
     from lamina.core.documents import Budget, Data, Heal, Recipe
     from lamina.pipeline import Run, apply, heal, plan, prove, survey
 
@@ -94,7 +94,7 @@ def test_verb_by_verb_is_the_same_as_thin(lamina: Any, tiny_run: ModuleType, ben
     assert parts == whole
 
 
-def test_the_commands_one_by_one(lamina: Any, tiny_run: ModuleType, bench: Path, tmp_path: Path) -> None:
+def test_the_commands_one_by_one(lamina: Any, bench: Path, tmp_path: Path) -> None:
     """survey, plan, apply, heal, prove, export and report, and `thin` with the same words, choose and do the same."""
     run, whole = tmp_path / "run", tmp_path / "whole"
     text = ("--text", bench / "calibration.txt", "--length", 32, "--sequences", 8, "--dtype", "float32")
@@ -140,7 +140,7 @@ def test_a_survey_by_chosen_measures_is_kept_by_the_plan(lamina: Any, bench: Pat
 # ---------------------------------------------------------------- changed
 
 
-def test_another_budget_plans_and_applies_anew(lamina: Any, tiny_run: ModuleType, run: Path) -> None:
+def test_another_budget_plans_and_applies_anew(lamina: Any, run: Path) -> None:
     before = Plan.load(run / "plan.yaml")
     code, out, _ = lamina("plan", run, "--sublayers", 3)
     assert code == 0
@@ -187,7 +187,7 @@ def test_a_plan_without_reasons_and_expectations_is_enough(lamina: Any, run: Pat
     assert dropped(run) == {"block.0.attention", "block.1"}
 
 
-def test_another_recipe_in_the_folder_is_refused(lamina: Any, tiny_run: ModuleType, bench: Path, run: Path) -> None:
+def test_another_recipe_in_the_folder_is_refused(lamina: Any, bench: Path, run: Path) -> None:
     before = tiny_run.contents(run)
     for more in (("--keep", "70%"), ("--sublayers", "2", "--recipe", "llm-drop-joint", "--seed", "1")):
         result = lamina(*tiny_run.thin_command(bench, run, *more))
@@ -195,9 +195,7 @@ def test_another_recipe_in_the_folder_is_refused(lamina: Any, tiny_run: ModuleTy
     assert tiny_run.contents(run) == before
 
 
-def test_a_recipe_that_came_to_nothing_does_not_stand_in_the_way(
-    lamina: Any, tiny_run: ModuleType, bench: Path, tmp_path: Path
-) -> None:
+def test_a_recipe_that_came_to_nothing_does_not_stand_in_the_way(lamina: Any, bench: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     for wrong in (("--keep", "70%", "--protect", "block.99"), ("--keep", "1%")):
         tiny_run.refused(lamina(*tiny_run.thin_command(bench, run, *wrong)))
@@ -207,7 +205,7 @@ def test_a_recipe_that_came_to_nothing_does_not_stand_in_the_way(
 
 
 def test_healing_begins_with_the_thinned_model_whatever_was_healed_before(
-    lamina: Any, tiny_run: ModuleType, run: Path, tmp_path: Path
+    lamina: Any, run: Path, tmp_path: Path
 ) -> None:
     import shutil
 
@@ -230,7 +228,7 @@ def broken(*_: Any, **__: Any) -> None:
 
 
 def test_a_contract_that_fails_publishes_nothing(
-    lamina: Any, tiny_run: ModuleType, bench: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lamina: Any, bench: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
     command = tiny_run.thin_command(bench, run, "--sublayers", "1")
@@ -245,7 +243,7 @@ def test_a_contract_that_fails_publishes_nothing(
 
 @pytest.mark.parametrize("verb", ["apply", "heal"])
 def test_a_contract_that_fails_later_leaves_the_published_model(
-    lamina: Any, tiny_run: ModuleType, run: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+    lamina: Any, run: Path, monkeypatch: pytest.MonkeyPatch, verb: str
 ) -> None:
     if verb == "apply":
         assert lamina("plan", run, "--sublayers", 3)[0] == 0
@@ -284,7 +282,7 @@ def test_a_published_model_that_was_changed_by_hand_is_made_anew(lamina: Any, ru
 
 
 @pytest.mark.parametrize("name", registry.rows())
-def test_every_recipe_runs(lamina: Any, tiny_run: ModuleType, bench: Path, tmp_path: Path, name: str) -> None:
+def test_every_recipe_runs(lamina: Any, bench: Path, tmp_path: Path, name: str) -> None:
     run = tmp_path / "run"
     kinds = registry.row(name).kinds
     budget = ("--blocks", "1") if kinds == (registry.Kind.BLOCK,) else ("--sublayers", "2")
@@ -302,18 +300,14 @@ def test_every_recipe_runs(lamina: Any, tiny_run: ModuleType, bench: Path, tmp_p
 
 
 @pytest.mark.parametrize(("word", "fits"), [("--refit", True), ("--no-refit", False)])
-def test_refit_can_be_asked_for_and_forbidden(
-    lamina: Any, tiny_run: ModuleType, bench: Path, tmp_path: Path, word: str, fits: bool
-) -> None:
+def test_refit_can_be_asked_for_and_forbidden(lamina: Any, bench: Path, tmp_path: Path, word: str, fits: bool) -> None:
     recipe = "shortgpt" if fits else "default"
     assert lamina(*tiny_run.thin_command(bench, tmp_path / "run", "--blocks", "1", "--recipe", recipe, word))[0] == 0
     steps = [step.rewrite for step in Plan.load(tmp_path / "run" / "plan.yaml").steps]
     assert ("refit" in steps) is fits
 
 
-def test_a_budget_that_asks_for_nothing_changes_nothing(
-    lamina: Any, tiny_run: ModuleType, bench: Path, tmp_path: Path
-) -> None:
+def test_a_budget_that_asks_for_nothing_changes_nothing(lamina: Any, bench: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     run = tmp_path / "run"

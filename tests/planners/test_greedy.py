@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from lamina.core.documents import Budget
 from lamina.core.errors import InputError
 from lamina.core.registry import PLANNERS, row
+from lamina.core.scores import Scores
 from lamina.core.sites import Kind
 from lamina.lab import Bench, Lab
 from lamina.testing.bench import synthetic
@@ -21,6 +23,8 @@ from lamina.testing.planted import silence
 
 SUBLAYERS = (Kind.ATTENTION, Kind.MLP, Kind.MOE)
 MODELS = ("llama", "gpt2", "gpt_neox", "mixtral")
+HEARD: Any = {"metric": "kl", "sequences": 12, "length": 256, "batch_size": 2}
+"""The judge that the planner asks for."""
 
 
 def plan(lab: Lab, budget: Budget, scores: Any = None, **options: Any) -> list[tuple[str, dict[str, float]]]:
@@ -101,7 +105,7 @@ def test_least_divergence_per_parameter(name: str, kinds: tuple[Kind, ...], per:
     need = math.ceil(lab.anatomy.total().parameters * 0.4)
     wanted = by_price(lab, need, kinds, per_budget=per == "budget")
     budget = Budget(metric="parameters", limit=lab.anatomy.total().parameters - need)
-    got = plan(lab, budget, kinds=kinds, per=per)
+    got = plan(lab, budget, kinds=kinds, per=per, shortlist=0)
     assert [s for s, _ in got] == [s for s, _ in wanted]
     assert [w["kl"] for _, w in got] == pytest.approx([v for _, v in wanted], rel=2e-4, abs=1e-7)
     rises = [b - a for a, b in zip([0.0, *(v for _, v in wanted)], [v for _, v in wanted], strict=False)]
@@ -113,8 +117,8 @@ def test_least_divergence_per_parameter(name: str, kinds: tuple[Kind, ...], per:
 def test_scores_order_the_work_and_not_the_result(seed: int, hints: int) -> None:
     lab = Lab(tiny("llama", seed=seed), text(3, 6, seed=seed))
     budget = Budget(metric="sublayers", drop=3)
-    without = plan(lab, budget, kinds=SUBLAYERS)
-    hinted = plan(lab, budget, synthetic(lab.anatomy, hints), kinds=SUBLAYERS)
+    without = plan(lab, budget, kinds=SUBLAYERS, shortlist=0)
+    hinted = plan(lab, budget, synthetic(lab.anatomy, hints), kinds=SUBLAYERS, shortlist=0)
     assert [s for s, _ in hinted] == [s for s, _ in without]
     assert [w["kl"] for _, w in hinted] == pytest.approx([w["kl"] for _, w in without], rel=1e-6)
 
@@ -125,3 +129,22 @@ def test_protected_and_edges_stay(metric: str) -> None:
     budget = Budget(metric=metric, keep=0.7, protect=("block.2.mlp",))  # type: ignore[arg-type]
     got = [s for s, _ in plan(lab, budget, edges=1)]
     assert not {"block.0", "block.2", "block.5"} & set(got)
+
+
+def test_the_shortlist_and_the_neighbours_of_gaps_are_judged() -> None:
+    """The first round hears three times the shortlist, by the scores; later ones the cheapest and what lies beside."""
+    lab = Lab(tiny("llama", num_hidden_layers=10), text(2, 6))
+    scores = Scores(measure="made-up", values={f"block.{n}": np.asarray([1.0 + (n - 7) ** 2]) for n in range(10)})
+    bench = Bench(lab)
+    planner = PLANNERS.make("greedy", {"shortlist": 1, "batch_size": 2})
+    steps = planner.plan(scores, Budget(metric="blocks", drop=2), lab.anatomy, bench)
+    first, second = (s.sites[0] for s in steps)
+    judged = [{lab.anatomy.collapse(c) for c in bench.judge(**HEARD).estimates if len(c) == 2 * n} for n in (1, 2)]
+    assert judged[0] == {("block.6",), ("block.7",), ("block.8",)}
+    assert first in {"block.6", "block.7", "block.8"}
+    number = int(first.removeprefix("block."))
+    beside = {f"block.{number - 1}", f"block.{number + 1}"}
+    partners = {b for pair in judged[1] for b in pair} - {first}
+    assert beside <= partners
+    assert len(partners - beside) <= 1
+    assert second in partners

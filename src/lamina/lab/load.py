@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import re
 from collections.abc import Callable, Iterator
@@ -20,6 +21,8 @@ from lamina.lab.shelf import find, shelf
 
 Origin = Literal["folder", "hub", "gguf", "memory"]
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""How the system says that nothing more can be written."""
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "spiece.model", "*.txt"]
 
 
@@ -246,5 +249,8 @@ def _clear(what: str, where: object = "") -> Iterator[None]:
     except (LaminaError, MemoryError):
         raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in FULL:
+            place = error.filename2 or error.filename or where
+            raise InputError(f"can't write: {error.strerror}", where=place, hint="make room") from error
         detail = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"{what}: {detail[:300]}", where=where) from error

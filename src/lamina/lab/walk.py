@@ -65,6 +65,10 @@ class Walk:
         self.at += 1
         return added, streams
 
+    def skip(self) -> None:
+        """Go on behind a block without running it: the streams are what they are."""
+        self.at += 1
+
     @torch.no_grad()
     def look(self, branch: Branch, without: Iterable[str] = ()) -> tuple[list[Tensor], list[Tensor]]:
         """Run the block without some more of its branches and stay: the streams, and the inputs of the last map of
@@ -83,7 +87,7 @@ class Walk:
         with ExitStack() as held:
             for site in out:
                 held.enter_context(silenced(self.lab.model, self.lab.anatomy, site))
-            if tail is not None:
+            if tail is not None and tail.tail:
                 handle = module.get_submodule(tail.tail).register_forward_pre_hook(lambda _, a: inputs.append(a[0]))
                 held.callback(handle.remove)
             for place, batch in enumerate(self.lab.batches):

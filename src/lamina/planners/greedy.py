@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from lamina.core.documents import Step
@@ -35,16 +36,17 @@ class Greedy:
     `kinds`: what may go at once (blocks by default). `metric`: "kl" from the dense model, "js" or "loss". `per`:
     "budget" divides the rise by what the site frees, "site" does not. `edges` blocks at either end of each stack
     stay. With a divergence, the scores decide only in which order candidates are tried: what can't win any more is
-    given up early, without changing the choice. After the first round only the `shortlist` candidates that were
-    cheapest when last priced are judged (0: all). The judge hears the first `length` tokens of `sequences` of the
-    text, `batch_size` sequences at once.
+    given up early, without changing the choice. In each round only the `shortlist` candidates that were cheapest when
+    last priced are judged, and those beside a gap, since a gap makes its neighbours cheaper (0: all); in the first
+    round three times as many, by their scores. The judge hears the first `length` tokens of `sequences` of the text,
+    `batch_size` sequences at once.
     """
 
     metric: str = "kl"
     per: Literal["budget", "site"] = "budget"
     kinds: tuple[Kind, ...] = (Kind.BLOCK,)
     edges: int = 0
-    shortlist: int = 10
+    shortlist: int = 4
     sequences: int = 12
     length: int = 256
     batch_size: int = 4
@@ -67,9 +69,8 @@ class Greedy:
             options = self._options(target, gone)
             if not options:
                 raise target.refuse(target.amount(gone))
-            if gone and self.shortlist:
-                worth = {u: hint.get(u, math.inf) / self._weight(target, gone, u) for u in options}
-                options = sorted(sorted(options, key=worth.__getitem__)[: self.shortlist], key=depth_key)
+            worth = {u: hint[u] / self._weight(target, gone, u) for u in options if u in hint}
+            options = self._listed(options, worth, gone, anatomy)
             judge.rebase(gone)
             weights = [self._weight(target, gone, u) for u in options]
             order = [hint.get(u, 0.0) / w for u, w in zip(options, weights, strict=True)]
@@ -83,6 +84,18 @@ class Greedy:
             bench.note()
             bench.lab.progress("plan", min(target.amount(gone), target.need), target.need)
         return tuple(steps)
+
+    def _listed(self, options: list[str], worth: dict[str, float], gone: list[str], anatomy: Anatomy) -> list[str]:
+        """The options that are judged, in depth order."""
+        if not self.shortlist or not worth:
+            return options
+        count = self.shortlist if gone else 3 * self.shortlist
+        order = [x.site.id for k in anatomy.stacks for b in k.blocks for x in b.branches]
+        covered = anatomy.expand(gone)
+        beside = {s for s, t in pairwise(order) if t in covered} | {t for s, t in pairwise(order) if s in covered}
+        cheap = sorted(options, key=lambda u: worth.get(u, math.inf))[:count]
+        near = [u for u in options if anatomy.expand([u]) & beside]
+        return sorted({*cheap, *near}, key=depth_key)
 
     def _weight(self, target: Target, gone: list[str], site: str) -> float:
         """What the site frees, in the budget's unit, as far as it is still needed; 1 where all count the same."""

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from lamina.anatomy import Anatomy
+    from lamina.anatomy.parts import Stack
     from lamina.core.sites import Cost
     from lamina.lab import Lab
 
@@ -56,7 +57,8 @@ class Refit:
     For each branch in depth order, with Z the inputs of its last map [tokens, features] and x the stream after it
     [tokens, width] in the thinned network, and y the dense stream after it and after the gone sites that follow it:
     W += argmin_D Σ_t ‖y_t - x_t - D Z_t‖² / ‖y_t‖² + ridge · mean(diag G) ‖D‖², G = Σ_t Z_t Z_tᵀ / ‖y_t‖².
-    No new parameters, no gradients; one dense and at most two thinned passes over the text.
+    No new parameters, no gradients; one dense and at most one thinned pass over the text, where the branches of a
+    block follow each other (a second thinned one where they are parallel).
     """
 
     card: ClassVar[Card]
@@ -134,6 +136,12 @@ class _Targets:
         self.walk = Walk(lab, (), place)
         self._held: dict[int, tuple[list[Tensor], list[dict[str, Tensor]]]] = {}
 
+    def entering(self, block: int) -> list[Tensor]:
+        """Per batch, the stream that enters the block; what lies before can't be asked for any more."""
+        while self.walk.at < block:
+            self.walk.step()
+        return list(self.walk.streams)
+
     def after(self, block: int, position: int) -> list[Tensor]:
         """Per batch, the stream that the block entered with plus what its first `position` + 1 branches added."""
         while self.walk.at <= block:
@@ -150,27 +158,46 @@ class _Targets:
 
 
 def _refit(lab: Lab, place: int, sites: frozenset[str], gone: frozenset[str], ridge: float) -> None:
-    """One stack, in depth order."""
+    """One stack, in depth order; up to the first site that matters the two networks are one."""
     from lamina.lab.walk import Walk
 
     stack = lab.anatomy.stacks[place]
-    places = [(n, i, x) for n, b in enumerate(stack.blocks) for i, x in enumerate(b.branches)]
+    first = min((n for n, b in enumerate(stack.blocks) for x in b.branches if x.site.id in sites | gone), default=None)
+    if first is None:
+        return
     thin, dense = Walk(lab, gone, place), _Targets(lab, place)
-    for at, (number, position, branch) in enumerate(places):
-        if position == 0:
-            dense.forget(number)
-            lab.progress("refit", number + 1, len(stack.blocks))
-        if branch.site.id in sites and branch.site.id not in gone:
-            end = at
-            while end + 1 < len(places) and places[end + 1][2].site.id in gone:
-                end += 1
-            target = dense.after(places[end][0], places[end][1])
-            later = [x.site.id for x in stack.blocks[number].branches[position + 1 :]]
-            streams, inputs = thin.look(branch, without=later)
-            change = _solve(lab, inputs, target, streams, ridge) / branch.scale
-            add_to_map(lab.model.get_submodule(f"{stack.blocks[number].path}.{branch.tail}"), change)
-        if position == len(stack.blocks[number].branches) - 1:
+    thin.streams, thin.at = dense.entering(first), first
+    for number, block in enumerate(stack.blocks[first:], first):
+        lab.progress("refit", number + 1, len(stack.blocks))
+        dense.forget(number)
+        in_turn = all(x.reads == tuple(range(i)) for i, x in enumerate(block.branches))
+        for position, branch in enumerate(block.branches):
+            fitted = branch.site.id in sites - gone
+            if not fitted and not in_turn:
+                continue
+            others = block.branches[:position] if in_turn else ()
+            without = [x.site.id for x in (*others, *block.branches[position + 1 :])]
+            streams, inputs = thin.look(branch, without)
+            if fitted:
+                target = dense.after(*_gap(stack, gone, number, position))
+                change = _solve(lab, inputs, target, streams, ridge) / branch.scale
+                made = add_to_map(lab.model.get_submodule(f"{block.path}.{branch.tail}"), change) * branch.scale
+                streams = [x + z @ made.to(z.dtype) for x, z in zip(streams, inputs, strict=True)]
+            if in_turn:
+                thin.streams = streams
+        if in_turn:
+            thin.skip()
+        else:
             thin.step()
+
+
+def _gap(stack: Stack, gone: frozenset[str], number: int, position: int) -> tuple[int, int]:
+    """(block, position) of the last branch of the gap behind a branch; its own where nothing there goes."""
+    places = [(n, i, x.site.id) for n, b in enumerate(stack.blocks) for i, x in enumerate(b.branches)]
+    end = next(at for at, (n, i, _) in enumerate(places) if (n, i) == (number, position))
+    while end + 1 < len(places) and places[end + 1][2] in gone:
+        end += 1
+    return places[end][:2]
 
 
 def _solve(lab: Lab, inputs: list[Tensor], target: list[Tensor], streams: list[Tensor], ridge: float) -> Tensor:
@@ -192,14 +219,19 @@ def _solve(lab: Lab, inputs: list[Tensor], target: list[Tensor], streams: list[T
     return torch.linalg.solve(gram + level * eye, moment).float()
 
 
-def add_to_map(module: nn.Module, change: Tensor) -> None:
-    """Add `change` [in, out] to the weights of a linear map: stored [out, in] by nn.Linear, [in, out] by Conv1D."""
+def add_to_map(module: nn.Module, change: Tensor) -> Tensor:
+    """Add `change` [in, out] to the weights of a linear map: stored [out, in] by nn.Linear, [in, out] by Conv1D.
+
+    Returns what was really added [in, out], float32: weights of few bits round it.
+    """
     import torch
 
     weight: Any = module.weight
     with torch.no_grad():
-        turned = change.T if isinstance(module, torch.nn.Linear) else change
-        weight.copy_((weight.float() + turned).to(weight.dtype))
+        linear, before = isinstance(module, torch.nn.Linear), weight.float().clone()
+        weight.copy_((before + (change.T if linear else change)).to(weight.dtype))
+        made = weight.float() - before
+    return made.T if linear else made
 
 
 @contextmanager

@@ -6,7 +6,6 @@ code of each. The reload contract is stood in for, unless `contract` is true.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
@@ -19,6 +18,7 @@ import gguf  # noqa: F401
 import huggingface_hub  # noqa: F401
 import peft  # noqa: F401
 import scipy  # noqa: F401
+import tiny_run
 import torch
 import torch.utils.flop_counter
 import transformers.models.llama.modeling_llama  # noqa: F401
@@ -36,11 +36,6 @@ import lamina.terminal
 torch.set_num_threads(1)
 lamina.core.registry.discover()
 lamina.pipeline.verbs.EVALUATORS = ("quality", "size")  # speed and memory take seconds, and are measured elsewhere
-_spec = importlib.util.spec_from_file_location("tiny_run", Path(__file__).with_name("tiny_run.py"))
-assert _spec is not None
-assert _spec.loader is not None
-tiny_run = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(tiny_run)
 
 
 def strike(job: dict[str, Any]) -> None:

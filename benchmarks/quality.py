@@ -92,11 +92,14 @@ def main() -> str:
     rows.sort(key=lambda r: (r[0], r[3] if isinstance(r[3], float) else math.inf))
     for place, row in enumerate(rows):
         if isinstance(row[3], float):
-            share = "" if row[1] in PUBLISHED else f" ({row[3] / best[row[0]]:.2f} of the best published)"
+            known = row[1] in PUBLISHED.split(",") or row[0] not in best
+            share = "" if known else f" ({row[3] / best[row[0]]:.2f} of the best published)"
             rows[place] = (*row[:3], f"{row[3]:.3f}{share}", *row[4:])
     changed = "".join(f"; {name} with {options}" for name, options in given.options.items())
-    head = f"dense ppl8 {math.exp(dense):.2f}, calibrated on {given.rows} x 512 tokens{changed}; {machine(given.threads)}\n\n"
-    return head + table(columns, rows)
+    head = (
+        f"dense ppl8 {math.exp(dense):.2f}, calibrated on {given.rows} x 512 tokens{changed}; {machine(given.threads)}"
+    )
+    return head + "\n\n" + table(columns, rows)
 
 
 if __name__ == "__main__":

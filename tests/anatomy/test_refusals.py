@@ -20,7 +20,11 @@ class Odd(_Block):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.fault == "multiplies":
-            return (x + self.mixes(self.before(x))) * 1.5
+            return x * self.mixes(self.before(x))
+        if self.fault == "gated by itself":
+            return x * torch.sigmoid(self.between(x)) + self.mixes(self.before(x))
+        if self.fault == "scaled":
+            return (x * 0.9 + self.mixes(self.before(x))) * 1.5
         if self.fault == "gated":
             return x * torch.sigmoid(self.between.weight) + self.mixes(self.before(x))
         if self.fault == "in the block":
@@ -48,8 +52,7 @@ def odd(fault: str, place: int = 1) -> nn.Module:
     ("fault", "says"),
     [
         ("multiplies", "not its input plus branches"),
-        ("gated", "not its input plus branches"),
-        ("post-norm", "not its input plus branches"),
+        ("gated by itself", "not its input plus branches"),
         ("no stream in", "not its input plus branches"),
         ("in the block", "the branch is computed in the block"),
         ("added to itself", "the stream is added to itself"),
@@ -69,25 +72,34 @@ def test_the_same_block_without_a_fault_is_taken() -> None:
     assert Anatomy.of(odd("")).certify().worst < 1e-6
 
 
-def test_a_bert_is_refused() -> None:
-    from transformers import BertConfig, BertForMaskedLM
-
-    config = BertConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        vocab_size=99,
-        is_decoder=False,
-    )
-    with pytest.raises(CertificateError, match=r"block\.0: the block's output is not its input plus branches"):
-        Anatomy.of(lively(BertForMaskedLM(config)).eval())
+@pytest.mark.parametrize(
+    ("fault", "turns"),
+    [
+        ("scaled", [("", 0.9), ("", 1.5)]),
+        ("gated", [("", "between.weight")]),
+        ("post-norm", [("before", 1.0), ("between", 1.0)]),
+    ],
+)
+def test_what_happens_to_the_stream_itself_is_found(fault: str, turns: list[tuple[str, Any]]) -> None:
+    """Norms after the addition and factors: the certificate holds, and only where they are taken into account."""
+    model = odd(fault)
+    anatomy = Anatomy.of(model)
+    assert anatomy.certify().worst < 1e-6
+    block = anatomy.block("block.1")
+    assert not block.plain
+    found = [t for x in block.branches for t in x.before] + list(block.after)
+    assert [t.module for t in found] == [module for module, _ in turns]
+    for turn, (_, factor) in zip(found, turns, strict=True):
+        gate = torch.sigmoid(model.blocks[1].between.weight)  # type: ignore[union-attr,index]
+        assert torch.equal(torch.as_tensor(turn.factor), gate if isinstance(factor, str) else torch.as_tensor(factor))
+    others = (b for b in anatomy.stacks[0].blocks if b.site.id != "block.1")
+    assert all(b.plain for b in others)
 
 
 def test_a_refused_model_is_left_as_it_was() -> None:
     from lamina.testing.bench import expect_same, picture
 
-    model = odd("post-norm").train()
+    model = odd("multiplies").train()
     before = picture(model)
     with pytest.raises(CertificateError):
         Anatomy.of(model)

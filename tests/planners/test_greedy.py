@@ -23,7 +23,7 @@ from lamina.testing.planted import silence
 
 SUBLAYERS = (Kind.ATTENTION, Kind.MLP, Kind.MOE)
 MODELS = ("llama", "gpt2", "gpt_neox", "mixtral")
-HEARD: Any = {"metric": "kl", "sequences": 12, "length": 256, "batch_size": 2}
+HEARD: Any = {"metric": "kl", "sequences": 8, "length": 256, "batch_size": 2}
 """The judge that the planner asks for."""
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lamina.anatomy.branches import find_branches, returns_of
+from lamina.anatomy.branches import find_branches, returns_of, tokens_of
 from lamina.anatomy.config import index_attributes, owner_of
 from lamina.anatomy.costs import kv_bytes, ledger
 from lamina.anatomy.parts import Block, Branch, Certificate, Ledger, Stack
@@ -153,9 +153,7 @@ class Anatomy:
         def check(block: Block, entering: Tensor, branches: Mapping[str, Tensor], leaving: Tensor) -> None:
             nonlocal dtype
             dtype = leaving.dtype
-            total = entering
-            for branch in block.branches:
-                total = total + branches[branch.site.id]
+            total = block.course(self.model.get_submodule(block.path), entering, branches)[-1]
             error = (leaving.double() - total.double()).norm() / leaving.double().norm().clamp_min(1e-30)
             errors[block.site.id] = float(error)
 
@@ -190,13 +188,13 @@ def _stack(model: nn.Module, name: str, path: str, chain: list[Seen]) -> Stack:
     blocks = []
     for number, seen in enumerate(chain):
         block_id = ".".join(x for x in (name, "block", str(number)) if x)
-        branches, trace = find_branches(seen, block_id, number)
+        branches, after, trace = find_branches(seen, block_id, number)
         if not branches:
             raise UnsupportedError("the block joins nothing to the stream", where=block_id)
-        tokens = max(seen.entering[..., 0].numel(), 1)
+        tokens = tokens_of(seen.entering)
         site = Site(block_id, Kind.BLOCK, seen.path, number)
         form = returns_of(seen.output)
-        blocks.append(Block(site, seen.path, branches, seen.stream, form, trace.flops // 2 // tokens))
+        blocks.append(Block(site, seen.path, branches, seen.stream, form, trace.flops // 2 // tokens, after))
     index = index_attributes([s.module for s in chain])
     marked = tuple(_mark_cached(b, index) for b in blocks)
     depth = sum(any(x.cached for x in b.branches) for b in marked) or len(marked)

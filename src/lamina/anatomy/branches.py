@@ -1,118 +1,21 @@
-"""Find the branches of a block: follow the additions back from its output to its input."""
+"""Find the branches of a block: who computes what joins its stream, and how it can be taken away."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
-from lamina.anatomy.parts import SUBLAYER_NAMES, Branch
+from lamina.anatomy.joins import Joins, Leaf, light, unscaled
+from lamina.anatomy.parts import SUBLAYER_NAMES, Branch, Turn
+from lamina.anatomy.roles import kind_of
 from lamina.anatomy.stacks import Seen
-from lamina.anatomy.trace import ADDS, PASSES, SCALES, Call, Node, Trace, aten, first_tensor
+from lamina.anatomy.trace import PASSES, Call, Node, Trace, aten, first_tensor
 from lamina.core.errors import CertificateError
-from lamina.core.sites import Kind, Site
-
-SOFTMAX = frozenset(
-    {
-        aten._softmax, aten._safe_softmax, aten._scaled_dot_product_flash_attention_for_cpu,
-        aten._scaled_dot_product_flash_attention, aten._scaled_dot_product_efficient_attention,
-        aten._scaled_dot_product_cudnn_attention, aten._scaled_dot_product_attention_math,
-        aten._scaled_dot_product_fused_attention_overrideable,
-    }
-)  # fmt: skip
-ROUTING = frozenset({aten.topk, aten.sort})
-ZEROS = frozenset({aten.zeros_like, aten.zeros, aten.new_zeros})
-"""Made from nothing: what stands where a dropped branch stood, so no branch."""
-
-
-@dataclass(eq=False)
-class Leaf:
-    """What one addition joins to the stream: a node times a factor, and the branches joined before it."""
-
-    node: Node
-    scale: float
-    depth: int
-
-
-def is_scalar(value: Any) -> bool:
-    """A number, which scales a branch without owning anything."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def unscaled(node: Node, scale: float = 1.0) -> list[tuple[Node, float]]:
-    """The nodes met on the way back through reshapes, casts and multiplications by numbers, each with its factor."""
-    met = [(node, scale)]
-    while node.inputs:
-        if node.op in SCALES and len(node.args) == 2 and len(node.inputs) == 1:
-            factor = next((a for a in node.args if is_scalar(a)), None)
-            if factor is None:
-                break
-            scale = scale * factor if "mul" in str(node.op) else scale / factor
-        elif node.op not in PASSES:
-            break
-        node = node.inputs[0]
-        met.append((node, scale))
-    return met
-
-
-class Joins:
-    """The additions that lead from a block's input to its output."""
-
-    def __init__(self, source: Node, output: Node, where: str) -> None:
-        self.source, self.where = source, where
-        self._known: dict[int, bool] = {}
-        self.scopes: set[str] = set()
-        self.points: list[Node] = []
-        self.leaves: list[Leaf] = []
-        if not self.carries(output):
-            raise CertificateError(
-                "the block's output is not its input plus branches",
-                where=where,
-                hint="no chain of additions joins them",
-            )
-        self._walk(output)
-        self.points.reverse()
-        self.leaves.sort(key=lambda leaf: leaf.node.order)
-
-    def carries(self, node: Node) -> bool:
-        """Whether the stream reaches `node` through additions and reshapes alone."""
-        if node is self.source:
-            return True
-        if node.order not in self._known:
-            via = node.inputs if node.op in ADDS else node.inputs[:1] if node.op in PASSES else ()
-            self._known[node.order] = any(self.carries(n) for n in via)
-        return self._known[node.order]
-
-    def _walk(self, node: Node) -> None:
-        """From the output back to the source, one addition at a time."""
-        while node is not self.source:
-            if node.op in PASSES:
-                node = node.inputs[0]
-                continue
-            if len(node.inputs) != 2:
-                raise CertificateError("a number is added to the stream", where=self.where)
-            self.scopes.add(node.scope)
-            self.points.append(node)
-            stream = [n for n in node.inputs if self.carries(n)]
-            others = [n for n in node.inputs if not self.carries(n)]
-            if len(stream) != 1:
-                raise CertificateError("the stream is added to itself", where=self.where)
-            alpha = float(node.kwargs.get("alpha", 1.0))
-            self.leaves += [Leaf(n, scale, len(self.points)) for n, scale in self._split(others[0], alpha)]
-            node = stream[0]
-
-    def _split(self, node: Node, scale: float) -> list[tuple[Node, float]]:
-        """The terms of a sum made where the stream itself is summed (parallel branches)."""
-        inner, factor = unscaled(node, scale)[-1]
-        summed = inner.op in ADDS and inner.scope in self.scopes and len(inner.inputs) == 2
-        if summed and inner.inputs[0].shape == inner.inputs[1].shape:
-            return [t for n in inner.inputs for t in self._split(n, factor)]
-        return [(node, scale)]
+from lamina.core.sites import Site
 
 
 def upstream(node: Node, stops: set[int]) -> dict[int, Node]:
@@ -128,10 +31,19 @@ def upstream(node: Node, stops: set[int]) -> dict[int, Node]:
     return found
 
 
-def find_branches(seen: Seen, block_id: str, number: int) -> tuple[tuple[Branch, ...], Trace]:
-    """The branches of one block in the order in which they join, by running it on its recorded input.
+@dataclass(eq=False)
+class _Term:
+    """One thing that joins the stream, the nodes that made it, and those that made the others."""
 
-    Raises CertificateError where the block is not its input plus branches.
+    leaf: Leaf
+    region: Mapping[int, Node]
+    others: set[int]
+
+
+def find_branches(seen: Seen, block_id: str, number: int) -> tuple[tuple[Branch, ...], tuple[Turn, ...], Trace]:
+    """The branches of one block in the order in which they join, and what happens to the stream after the last.
+
+    Runs the block on its recorded input. Raises CertificateError where the block is not its input plus branches.
     """
     trace = Trace(seen.module)
     source = trace.node(seen.entering)
@@ -140,62 +52,148 @@ def find_branches(seen: Seen, block_id: str, number: int) -> tuple[tuple[Branch,
     out = first_tensor(output, tuple(seen.entering.shape))
     if out is None:
         raise CertificateError("the block returns no stream", where=block_id)
-    joins = Joins(source, trace.node(out), block_id)
-    streams = {source.order: 0}
-    for place, point in enumerate(joins.points):
-        streams[point.order] = place + 1
-    total = len(joins.points)
-    leaves = [leaf for leaf in joins.leaves if unscaled(leaf.node)[-1][0].op not in ZEROS]
-    joined_before = {
-        place: tuple(i for i, leaf in enumerate(leaves) if total - leaf.depth < place) for place in range(total + 1)
-    }
-    regions = [upstream(leaf.node, set(streams)) for leaf in leaves]
+    joins = Joins(trace, source, trace.node(out), block_id)
+    stops, leaves = set(joins.streams), joins.leaves
+    regions = [upstream(leaf.node, stops) for leaf in leaves]
+    before = {j.point.order: j.before for j in joins.joins}
     names: dict[str, int] = {}
     found = []
     for leaf, region in zip(leaves, regions, strict=True):
         others = set().union(*(r for r in regions if r is not region)) if len(regions) > 1 else set[int]()
+        made = _Finder(trace, joins, seen, block_id).branch(_Term(leaf, region, others))
         entry = max(
-            (streams[n.order] for node in region.values() for n in node.inputs if n.order in streams), default=0
+            (joins.streams[n.order] for node in region.values() for n in node.inputs if n.order in joins.streams),
+            default=0,
         )
-        part = _branch(trace, leaf, region, others, seen, block_id)
-        name = SUBLAYER_NAMES[part["kind"]]
+        reads = tuple(i for i, other in enumerate(leaves) if joins.streams[other.point.order] <= entry)
+        name = SUBLAYER_NAMES[made.site.kind]
         names[name] = names.get(name, 0) + 1
         name = name if names[name] == 1 else f"{name}_{names[name]}"
-        path = f"{seen.path}.{part['core']}"
-        site = Site(f"{block_id}.{name}", part.pop("kind"), path, number)
-        found.append(Branch(site=site, reads=joined_before[entry], **part))
-    return tuple(found), trace
+        site = Site(f"{block_id}.{name}", made.site.kind, f"{seen.path}.{made.core}", number)
+        found.append(replace(made, site=site, reads=reads, before=before.pop(leaf.point.order, ())))
+    return tuple(found), joins.after, trace
 
 
-def _branch(
-    trace: Trace, leaf: Leaf, region: Mapping[int, Node], others: set[int], seen: Seen, block_id: str
-) -> dict[str, Any]:
-    """Core, outlet and own modules of the branch that `leaf` joins."""
-    top = [c for c in trace.calls if _top(c, trace.calls)]
-    serving = [c for c in top if any(n is not None and n.order in region for n in c.nodes)]
-    met = unscaled(leaf.node, leaf.scale)
-    joining = next(((c, n, x) for n, x in met for c in top if any(m is n for m in c.nodes)), None)
-    if joining is None:
-        raise CertificateError(
-            "no submodule's output is what joins the stream", where=block_id, hint="the branch is computed in the block"
+class _Finder:
+    """Finds core, outlet and own modules of the branches of one traced block."""
+
+    def __init__(self, trace: Trace, joins: Joins, seen: Seen, where: str) -> None:
+        self.trace, self.joins, self.seen, self.where = trace, joins, seen, where
+        points = [j.point.order for j in joins.joins]
+        self.holding = {c.path for c in trace.calls if any(c.started < p < c.ended for p in points)}
+        inner = [c for c in trace.calls if c.path not in self.holding]
+        self.whole = [c for c in inner if not any(_within(c, o) for o in inner)]
+
+    def branch(self, term: _Term) -> Branch:
+        """All but its place among the others."""
+        outlet, end, scale = self._outlet(term.leaf)
+        serving = [c for c in self.whole if any(n is not None and n.order in term.region for n in c.nodes)]
+        foreign = {c.path for c in self.whole if any(n is not None and n.order in term.others for n in c.nodes)}
+        own = [c for c in serving if c.path not in foreign] or [outlet]
+        core = max(own, key=lambda c: (_weight(c.module), -c.ended))
+        place = _place(core, self.seen)
+        kept: dict[str, Any] = {
+            "core": core.path,
+            "own": tuple(c.path for c in own if c is not core),
+            "stream": place,
+            "returns": returns_of(core.output),
+        }
+        inner = {c.path for c in own}
+        kind = kind_of(self.trace, core, place, inner)
+        if not self._silent(core, own):
+            held = self._held(term, own)
+            kept |= held[1] if held else {"widths": _widths(own, core)}
+            kind = kind_of(self.trace, held[0], _place(held[0], self.seen), inner) if held else kind
+        return Branch(
+            site=Site(self.where, kind, core.path),
+            outlet=outlet.path,
+            reads=(),
+            mutated=any(n.op is aten.add_ and n.inputs and n.inputs[0] is end for n in self.trace.all()),
+            outlet_index=next(i for i, n in enumerate(outlet.nodes) if n is end),
+            tail=_tail(self.trace, end),
+            scale=scale,
+            macs=sum(c.flops for c in own) // 2 // tokens_of(self.seen.entering),
+            **kept,
         )
-    outlet, end, scale = joining
-    foreign = {c.path for c in top if any(n is not None and n.order in others for n in c.nodes)}
-    own = [c for c in serving if c.path not in foreign]
-    core = max(own, key=lambda c: (_weight(c.module), -c.ended), default=outlet)
-    return {
-        "kind": _kind(trace, core, seen),
-        "core": core.path,
-        "own": tuple(c.path for c in own if c is not core),
-        "outlet": outlet.path,
-        "mutated": any(n.op is aten.add_ and n.inputs and n.inputs[0] is end for n in trace.all()),
-        "outlet_index": next(i for i, n in enumerate(outlet.nodes) if n is end),
-        "tail": _tail(trace, end),
-        "scale": scale,
-        "stream": _place(core, seen),
-        "returns": returns_of(core.output),
-        "macs": sum(c.flops for c in own) // 2 // _tokens(seen.entering),
-    }
+
+    def _outlet(self, leaf: Leaf) -> tuple[Call, Node, float]:
+        """The outermost module whose output is what joins, but for numbers and reshapes."""
+        for node, scale in unscaled(leaf.node, leaf.scale):
+            makers = [c for c in self.trace.calls if c.path not in self.holding and any(n is node for n in c.nodes)]
+            outer = [c for c in makers if not any(_within(c, o) for o in makers)]
+            if outer:
+                return outer[0], node, scale
+        raise CertificateError(
+            "no submodule's output is what joins the stream",
+            where=self.where,
+            hint="the branch is computed in the block",
+        )
+
+    def _silent(self, core: Call, own: Sequence[Call]) -> bool:
+        """Whether zeros from the core are zeros where the branch joins, by construction.
+
+        So it is where only reshapes and the branch's own modules, which then hand on what they get, lie between.
+        """
+        width = self.seen.entering.shape[-1]
+        made = first_tensor(core.output)
+        if made is None or made.shape[-1] != width:
+            return _chain(own)
+        return True
+
+    def _held(self, term: _Term, own: Sequence[Call]) -> tuple[Call, dict[str, Any]] | None:
+        """The module that adds this branch to a stream which it gets as an argument, and does nothing else to it."""
+        for call in self.trace.calls:
+            if call.path not in self.holding or not call.started < term.leaf.point.order < call.ended:
+                continue
+            inside = [j for j in self.joins.joins if call.started < j.point.order < call.ended]
+            stream = next((j.stream for j in inside), None)
+            if len(inside) != 1 or len(inside[0].leaves) != 1 or not self._hands_on(call, inside[0].point):
+                continue
+            for place, value in [*enumerate(call.args), *call.kwargs.items()]:
+                if isinstance(value, Tensor) and stream is not None and self._is(value, stream):
+                    outside = [c.path for c in own if not _within(c, call)]
+                    return call, {
+                        "core": call.path,
+                        "own": tuple(outside),
+                        "stream": place,
+                        "returns": returns_of(call.output),
+                        "joins": True,
+                    }
+        return None
+
+    def _hands_on(self, call: Call, point: Node) -> bool:
+        """Whether the call returns the sum as it is."""
+        made = first_tensor(call.output)
+        node = None if made is None else self.trace.node(made)
+        while node is not None and node is not point and node.op in PASSES:
+            node = node.inputs[0]
+        return node is point
+
+    def _is(self, value: Tensor, stream: Node) -> bool:
+        node = self.trace.node(value)
+        while stream is not node and stream.op in PASSES:
+            stream = stream.inputs[0]
+        return stream is node
+
+
+def _within(call: Call, other: Call) -> bool:
+    """Whether the other call encloses this one."""
+    return call is not other and other.started < call.started and call.ended < other.ended
+
+
+def _chain(own: Sequence[Call]) -> bool:
+    """Whether a branch's modules work position by position on last dimensions alone: zeros of any width pass."""
+    return all(isinstance(c.module, nn.Linear) or light(c.module) or not list(c.module.children()) for c in own)
+
+
+def _widths(own: Sequence[Call], core: Call) -> tuple[tuple[str, int], ...]:
+    """What each module with a matrix returns, in features."""
+    found = []
+    for call in own:
+        made = first_tensor(call.output)
+        if made is not None and (call is core or not light(call.module)):
+            found.append((call.path, int(made.shape[-1])))
+    return tuple(found)
 
 
 def _tail(trace: Trace, end: Node) -> str:
@@ -205,13 +203,9 @@ def _tail(trace: Trace, end: Node) -> str:
     return linear[0].path if linear else ""
 
 
-def _tokens(stream: Tensor) -> int:
+def tokens_of(stream: Tensor) -> int:
+    """How many positions a stream [batch, tokens, width] has."""
     return max(stream[..., 0].numel(), 1)
-
-
-def _top(call: Call, calls: list[Call]) -> bool:
-    """Whether no other call encloses this one."""
-    return not any(c is not call and c.started < call.started and c.ended > call.ended for c in calls)
 
 
 def _weight(module: nn.Module) -> int:
@@ -220,11 +214,15 @@ def _weight(module: nn.Module) -> int:
 
 
 def _place(core: Call, seen: Seen) -> int | str:
-    """Where the core takes its tokens: the first argument shaped like the stream."""
-    for place, value in [*enumerate(core.args), *core.kwargs.items()]:
-        if isinstance(value, Tensor) and value.shape == seen.entering.shape:
-            return place
-    raise CertificateError("the branch's core does not read the stream", where=f"{seen.path}.{core.path}")
+    """Where the core takes its tokens: the first argument shaped like the stream, or with as many numbers."""
+    given = [(p, v) for p, v in [*enumerate(core.args), *core.kwargs.items()] if isinstance(v, Tensor)]
+    given = [(p, v) for p, v in given if v.is_floating_point()]
+    alike = [p for p, v in given if v.shape == seen.entering.shape]
+    alike += [p for p, v in given if v.numel() == seen.entering.numel() and v.shape[-1] == seen.entering.shape[-1]]
+    alike += [p for p, v in given if v.ndim > 1 and v.shape[:-1] == seen.entering.shape[:-1]]
+    if not alike:
+        raise CertificateError("the branch's core does not read the stream", where=f"{seen.path}.{core.path}")
+    return alike[0]
 
 
 def returns_of(output: Any) -> tuple[tuple[int, int], ...]:
@@ -235,42 +233,3 @@ def returns_of(output: Any) -> tuple[tuple[int, int], ...]:
         path.append((index, len(output)))
         output = output[index]
     return tuple(path)
-
-
-def _kind(trace: Trace, core: Call, seen: Seen) -> Kind:
-    """What the core does: mixes positions (with a softmax or not), or routes tokens to experts, or neither."""
-    ops = {op for scope, op in trace.ops if scope == core.path or scope.startswith(core.path + ".")}
-    if _mixes(core, seen):
-        return Kind.ATTENTION if ops & SOFTMAX else Kind.MIXER
-    return Kind.MOE if ops & ROUTING else Kind.MLP
-
-
-def _mixes(core: Call, seen: Seen) -> bool:
-    """Whether a change at the first position reaches any other."""
-    place = _place(core, seen)
-    before = core.args[place] if isinstance(place, int) else core.kwargs[place]
-    if before.ndim < 3 or before.shape[1] < 2:
-        return False
-    changed = before.clone()
-    changed[:, 0] = changed[:, 0].flip(-1) + 1
-    swap = lambda t: changed if t is before else t  # noqa: E731
-    args, kwargs = tree_map_only(Tensor, swap, (tuple(core.args), dict(core.kwargs)))
-    with torch.no_grad():
-        clean = first_tensor(core.module(*core.args, **core.kwargs))
-        filler = _filler(core.module) if clean is not None and not clean.any() else {}
-        if filler:
-            clean = first_tensor(functional_call(core.module, filler, core.args, dict(core.kwargs)))
-        out = first_tensor(functional_call(core.module, filler, args, kwargs))
-    if out is None or clean is None:
-        return False
-    change = (out[:, 1:].float() - clean[:, 1:].float()).norm()
-    return bool(change > 1e-3 * clean[:, 1:].float().norm())
-
-
-def _filler(module: nn.Module) -> dict[str, Tensor]:
-    """Numbers in the place of all-zero parameters: a branch that adds nothing yet still shows what it mixes."""
-    return {
-        name: torch.arange(1.0, p.numel() + 1, device=p.device).cos().view_as(p).to(p.dtype) / 8
-        for name, p in module.named_parameters()
-        if not p.any()
-    }

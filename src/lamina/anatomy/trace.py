@@ -36,6 +36,7 @@ class Node:
     kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])
     scope: str = ""
     shape: tuple[int, ...] = ()
+    value: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -68,14 +69,13 @@ class Trace(TorchDispatchMode):
         self.flops = 0
         self._stack: list[Call] = []
         self._nodes: dict[int, Node] = {}
-        self._alive: list[Tensor] = []
         self._made: list[Node] = []
         self._clock = 0
 
     def node(self, tensor: Tensor) -> Node:
         """The node of a tensor; one that no traced op made is a source."""
         if id(tensor) not in self._nodes:
-            self._enter(tensor, Node(self._tick(), shape=tuple(tensor.shape)))
+            self._enter(tensor, Node(self._tick(), shape=tuple(tensor.shape), value=tensor))
         return self._nodes[id(tensor)]
 
     def all(self) -> list[Node]:
@@ -93,7 +93,6 @@ class Trace(TorchDispatchMode):
     def _enter(self, tensor: Tensor, node: Node) -> None:
         self._nodes[id(tensor)] = node
         self._made.append(node)
-        self._alive.append(tensor)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -107,7 +106,7 @@ class Trace(TorchDispatchMode):
         noted = tree_map_only(Tensor, lambda t: self._nodes[id(t)], (tuple(args), dict(kwargs)))
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
-                node = Node(self._tick(), packet, inputs, noted[0], noted[1], scope, tuple(leaf.shape))
+                node = Node(self._tick(), packet, inputs, noted[0], noted[1], scope, tuple(leaf.shape), leaf)
                 self._enter(leaf, node)
         if packet in flop_registry:
             count = int(flop_registry[packet](*args, **kwargs, out_val=out))

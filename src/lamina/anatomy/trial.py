@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,19 +41,30 @@ def wrapped(tokens: Tensor, returns: Sequence[tuple[int, int]]) -> Any:
 def silenced(model: nn.Module, anatomy: Anatomy, site: str) -> Iterator[None]:
     """Inside, the branch adds zero: its core and its norms are not computed."""
     branch, block = anatomy.branch(site), model.get_submodule(anatomy.block(site).path)
+    widths = dict(branch.widths)
 
-    def zeros(*args: Any, **kwargs: Any) -> Any:
+    def core(*args: Any, **kwargs: Any) -> Any:
         tokens = args[branch.stream] if isinstance(branch.stream, int) else kwargs[branch.stream]
-        return wrapped(torch.zeros_like(tokens), branch.returns)
+        return wrapped(tokens if branch.joins else _zeros(tokens, widths.get(branch.core)), branch.returns)
 
     def same(tokens: Tensor, *_: Any, **__: Any) -> Tensor:
         return tokens
 
     with ExitStack() as stack:
-        stack.enter_context(forward_of(block.get_submodule(branch.core), zeros))
+        stack.enter_context(forward_of(block.get_submodule(branch.core), core))
         for path in branch.own:
-            stack.enter_context(forward_of(block.get_submodule(path), same))
+            wide = partial(_wide, widths[path]) if path in widths else same
+            stack.enter_context(forward_of(block.get_submodule(path), wide))
         yield
+
+
+def _zeros(tokens: Tensor, width: int | None) -> Tensor:
+    """Zeros like the tokens [..., features], or `width` features wide."""
+    return torch.zeros_like(tokens) if width is None else tokens.new_zeros((*tokens.shape[:-1], width))
+
+
+def _wide(width: int, tokens: Tensor, *_: Any, **__: Any) -> Tensor:
+    return _zeros(tokens, width)
 
 
 @contextmanager

@@ -19,9 +19,11 @@ Watcher = Callable[[Block, Tensor, Mapping[str, Tensor], Tensor], None]
 """(block, stream in, what each branch adds by site id, stream out), all [batch, tokens, width]."""
 
 
-def added(branch: Branch, output: Any) -> Tensor:
-    """What the branch adds to the stream, from what its outlet returned."""
+def added(branch: Branch, output: Any, stream: Tensor) -> Tensor:
+    """What the branch adds, shaped like the stream, from what its outlet returned."""
     found = tree_leaves(output)[branch.outlet_index]
+    if found.shape != stream.shape and found.numel() == stream.numel():
+        found = found.reshape(stream.shape)
     if branch.scale != 1.0:
         return found * branch.scale
     return found.clone() if branch.mutated else found
@@ -51,7 +53,7 @@ def watch_blocks(model: nn.Module, anatomy: Anatomy, watcher: Watcher, only: Blo
         for branch in block.branches:
 
             def joins(_: nn.Module, args: Any, output: Any, branch: Branch = branch) -> None:
-                held[branch.site.id] = added(branch, output)
+                held[branch.site.id] = added(branch, output, held[""])
 
             handles.append(module.get_submodule(branch.outlet).register_forward_hook(joins))
         handles.append(module.register_forward_hook(closes, with_kwargs=True))

@@ -162,6 +162,8 @@ class Judge:
 
     def _recombined(self, case: _Case, block: Block, state: Tensor, gone: Candidate) -> Tensor | None:
         """The block's output from the base's branches, where no branch that stays reads one that changes."""
+        if not block.plain:
+            return None
         total = state
         for branch in block.branches:
             if branch.site.id in gone:

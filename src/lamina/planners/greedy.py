@@ -47,7 +47,7 @@ class Greedy:
     kinds: tuple[Kind, ...] = (Kind.BLOCK,)
     edges: int = 0
     shortlist: int = 4
-    sequences: int = 12
+    sequences: int = 8
     length: int = 256
     batch_size: int = 4
 

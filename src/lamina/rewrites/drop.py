@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from lamina.anatomy import Anatomy, Stack
+    from lamina.anatomy.parts import Branch
     from lamina.core.sites import Cost
     from lamina.lab import Lab
 
@@ -96,6 +97,22 @@ def _config(model: Any) -> Any:
     return getattr(model, "config", None)
 
 
+def _branch(number: int, branch: Branch) -> dict[str, Any]:
+    """How one branch is taken out of its block, in plain data."""
+    found: dict[str, Any] = {
+        "block": number,
+        "core": branch.core,
+        "own": list(branch.own),
+        "stream": branch.stream,
+        "returns": [list(r) for r in branch.returns],
+    }
+    if branch.joins:
+        found["joins"] = True
+    if branch.widths:
+        found["widths"] = [list(w) for w in branch.widths]
+    return found
+
+
 def structure(anatomy: Anatomy, stack: Stack, gone: frozenset[str]) -> dict[str, Any]:
     """One step of `lamina.rewrites.structure.replay`, in plain data.
 
@@ -105,10 +122,7 @@ def structure(anatomy: Anatomy, stack: Stack, gone: frozenset[str]) -> dict[str,
 
     whole = [n for n, b in enumerate(stack.blocks) if all(x.site.id in gone for x in b.branches)]
     branches = [
-        {"block": n, "core": x.core, "own": list(x.own), "stream": x.stream, "returns": [list(r) for r in x.returns]}
-        for n, b in enumerate(stack.blocks)
-        for x in b.branches
-        if x.site.id in gone and n not in whole
+        _branch(n, x) for n, b in enumerate(stack.blocks) for x in b.branches if x.site.id in gone and n not in whole
     ]
     held = {n for n, b in enumerate(stack.blocks) if any(x.cached and x.site.id not in gone for x in b.branches)}
     caching = [n for n, b in enumerate(stack.blocks) if any(x.cached for x in b.branches)]

@@ -73,7 +73,7 @@ class Refit:
         return problems or [
             Problem(s, "the branch does not end in a linear map", "drop without refitting")
             for s in step.sites
-            if not anatomy.branch(s).tail
+            if not _fits(anatomy, s)
         ]
 
     def forecast(self, step: Step, anatomy: Anatomy) -> Cost:
@@ -123,8 +123,13 @@ def refit_sites(anatomy: Anatomy, gone: Iterable[str]) -> tuple[str, ...]:
         order = [x.site.id for b in stack.blocks for x in b.branches]
         first = next((n for n, s in enumerate(order) if s in out), len(order))
         if first < len(order):
-            found += [s for s in order[max(first - 1, 0) :] if s not in out and anatomy.branch(s).tail]
+            found += [s for s in order[max(first - 1, 0) :] if s not in out and _fits(anatomy, s)]
     return tuple(found)
+
+
+def _fits(anatomy: Anatomy, site: str) -> bool:
+    """Whether the branch ends in a linear map, in a block that only adds to its stream."""
+    return bool(anatomy.branch(site).tail) and anatomy.block(site).plain
 
 
 class _Targets:

@@ -10,7 +10,6 @@ import copy
 import importlib
 from pathlib import Path
 
-import torch
 import transformers
 from torch import nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
@@ -21,24 +20,26 @@ FORMAT = 1
 class Gone(nn.Module):
     """Stands where a branch's core stood: adds zero, computes nothing, holds no parameters and no cache entry.
 
-    `stream` is the position or keyword of the tokens, `returns` the (index, arity) of each nested tuple.
+    `stream` is the position or keyword of the tokens, `returns` the (index, arity) of each nested tuple. `joins`: the
+    core added to these tokens itself, so they are handed on; `width`: how many features the zeros have, if not as many.
     """
 
-    def __init__(self, stream=0, returns=()):
+    def __init__(self, stream=0, returns=(), joins=False, width=None):
         super().__init__()
-        self.stream, self.returns = stream, tuple(map(tuple, returns))
+        self.stream, self.returns, self.joins, self.width = stream, tuple(map(tuple, returns)), joins, width
 
     def forward(self, *args, **kwargs):
         """Zeros shaped like the tokens, in the structure that the core returned."""
         tokens = args[self.stream] if isinstance(self.stream, int) else kwargs[self.stream]
-        out = torch.zeros_like(tokens)
+        width = tokens.shape[-1] if self.width is None else self.width
+        out = tokens if self.joins else tokens.new_zeros((*tokens.shape[:-1], width))
         for index, arity in reversed(self.returns):
             out = tuple(out if i == index else None for i in range(arity))
         return out
 
     def extra_repr(self):
         """How it is built, for print(model)."""
-        return f"stream={self.stream!r}, returns={self.returns}"
+        return f"stream={self.stream!r}, returns={self.returns}, joins={self.joins}, width={self.width}"
 
 
 class Group(nn.ModuleList):
@@ -107,9 +108,12 @@ def _drop(model, step):
         raise ValueError(f"{step['stack']} has {len(blocks)} blocks, the receipt was made for {step['depth']}")
     for branch in step["branches"]:
         block = blocks[branch["block"]]
-        block.set_submodule(branch["core"], Gone(branch["stream"], branch["returns"]).train(block.training))
+        widths = dict(branch.get("widths", ()))
+        core = Gone(branch["stream"], branch["returns"], branch.get("joins", False), widths.get(branch["core"]))
+        block.set_submodule(branch["core"], core.train(block.training))
         for path in branch["own"]:
-            block.set_submodule(path, nn.Identity().train(block.training))
+            gone = Gone(width=widths[path]) if path in widths else nn.Identity()
+            block.set_submodule(path, gone.train(block.training))
     gone = set(step["blocks"])
     blocks = [block for number, block in enumerate(blocks) if number not in gone]
     layers = _regroup(blocks, step["cached"], step["stream"])

@@ -1,0 +1,211 @@
+"""Follow the stream back from a block's output to its input: what is added to it, and what else happens to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from lamina.anatomy.parts import Turn
+from lamina.anatomy.trace import ADDS, PASSES, SCALES, Call, Node, Trace, aten
+from lamina.core.errors import CertificateError
+
+ZEROS = frozenset({aten.zeros_like, aten.zeros, aten.new_zeros})
+"""Made from nothing: what stands where a dropped branch stood, so no branch."""
+
+
+@dataclass(eq=False)
+class Leaf:
+    """What one addition joins to the stream: a node times a factor; `point` is the addition."""
+
+    node: Node
+    scale: float
+    point: Node
+
+
+@dataclass(eq=False)
+class Join:
+    """One addition on the stream's way: the stream before and after, and the turns since the one before."""
+
+    point: Node
+    stream: Node
+    leaves: list[Leaf]
+    before: tuple[Turn, ...] = ()
+    scopes: set[str] = field(default_factory=set[str])
+
+
+def is_scalar(value: Any) -> bool:
+    """A number, which scales a branch without owning anything."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def unscaled(node: Node, scale: float = 1.0) -> list[tuple[Node, float]]:
+    """The nodes met on the way back through reshapes, casts and multiplications by numbers, each with its factor."""
+    met = [(node, scale)]
+    while node.inputs:
+        if node.op in SCALES and len(node.args) == 2 and len(node.inputs) == 1:
+            factor = next((a for a in node.args if is_scalar(a)), None)
+            if factor is None:
+                break
+            scale = scale * factor if "mul" in str(node.op) else scale / factor
+        elif node.op not in PASSES:
+            break
+        node = node.inputs[0]
+        met.append((node, scale))
+    return met
+
+
+def light(module: nn.Module) -> bool:
+    """Whether a module holds no matrix: a norm, a scale, an activation."""
+    return not any(p.ndim > 1 and p.numel() > max(p.shape) for p in module.parameters())
+
+
+class Joins:
+    """The additions and turns that lead from a block's input to its output, in the order of running."""
+
+    def __init__(self, trace: Trace, source: Node, output: Node, where: str) -> None:
+        self.source, self.where = source, where
+        self._makers = _makers(trace.calls)
+        self._strict: dict[int, bool] = {}
+        self._loose: dict[int, bool] = {}
+        self._moved: dict[int, bool] = {}
+        self.joins: list[Join] = []
+        self.after: tuple[Turn, ...] = ()
+        self.streams: dict[int, int] = {}
+        if not self.carries(output):
+            raise CertificateError(
+                "the block's output is not its input plus branches",
+                where=where,
+                hint="no chain of additions joins them",
+            )
+        self._walk(output)
+        self._number()
+
+    @property
+    def leaves(self) -> list[Leaf]:
+        """All that joins, in the order of making."""
+        found = [leaf for join in self.joins for leaf in join.leaves if unscaled(leaf.node)[-1][0].op not in ZEROS]
+        return sorted(found, key=lambda leaf: (self.streams[leaf.point.order], leaf.node.order))
+
+    def carries(self, node: Node, *, turning: bool = True) -> bool:
+        """Whether the stream reaches `node` through additions and reshapes (`turning`: also norms and factors)."""
+        if node is self.source:
+            return True
+        known = self._loose if turning else self._strict
+        if node.order not in known:
+            known[node.order] = any(self.carries(n, turning=turning) for n in self._ways(node, turning))
+        return known[node.order]
+
+    def _ways(self, node: Node, turning: bool) -> tuple[Node, ...]:
+        if node.op in ADDS:
+            return node.inputs
+        if node.op in PASSES:
+            return node.inputs[:1]
+        turn = self._turn(node) if turning else None
+        return () if turn is None else (turn[1],)
+
+    def _turn(self, node: Node) -> tuple[Turn, Node] | None:
+        """What was done to the stream to make this node, and the stream before."""
+        if node.order in self._makers:
+            call, before = self._makers[node.order]
+            return Turn(call.path), before
+        if node.op in SCALES and "mul" in str(node.op) and node.inputs:
+            if len(node.inputs) == 1:
+                factor = next((a for a in node.args if is_scalar(a)), None)
+                return None if factor is None else (Turn(factor=float(factor)), node.inputs[0])
+            moved = [n for n in node.inputs if self.moved(n)]
+            still = [n for n in node.inputs if not self.moved(n)]
+            if len(moved) == len(still) == 1 and still[0].value is not None:
+                return Turn(factor=still[0].value.detach()), moved[0]
+        return None
+
+    def moved(self, node: Node) -> bool:
+        """Whether a node depends on the block's input."""
+        todo, seen = [node], set[int]()
+        while todo:
+            here = todo.pop()
+            if here is self.source or self._moved.get(here.order):
+                self._moved[node.order] = True
+                return True
+            if here.order not in seen and here.order not in self._moved:
+                seen.add(here.order)
+                todo.extend(here.inputs)
+        self._moved[node.order] = False
+        return False
+
+    def _walk(self, node: Node) -> None:
+        """From the output back to the source, one step at a time."""
+        turns: list[Turn] = []
+        passed: list[Node] = []
+        while node is not self.source:
+            passed.append(node)
+            if node.op in PASSES and node.order not in self._makers:
+                node = node.inputs[0]
+            elif node.op in ADDS and node.order not in self._makers:
+                self._close(turns)
+                node = self._join(node)
+            else:
+                turn = self._turn(node)
+                assert turn is not None
+                turns.append(turn[0])
+                node = turn[1]
+        self._close(turns)
+        self.joins.reverse()
+        self._passed = [self.source, *reversed(passed)]
+
+    def _close(self, turns: list[Turn]) -> None:
+        """Give the turns met since the last addition to what runs after them."""
+        made = tuple(reversed(turns))
+        turns.clear()
+        if self.joins:
+            self.joins[-1].before = made
+        else:
+            self.after = made
+
+    def _join(self, node: Node) -> Node:
+        if len(node.inputs) != 2:
+            raise CertificateError("a number is added to the stream", where=self.where)
+        stream = [n for n in node.inputs if self.carries(n, turning=False)]
+        stream = stream or [n for n in node.inputs if self.carries(n)]
+        if len(stream) != 1 or node.inputs[0] is node.inputs[1]:
+            raise CertificateError("the stream is added to itself", where=self.where)
+        other = next(n for n in node.inputs if n is not stream[0])
+        alpha = float(node.kwargs.get("alpha", 1.0))
+        if alpha != 1.0 and stream[0] is node.inputs[1]:
+            raise CertificateError("the stream is added with a factor", where=self.where)
+        scopes = {node.scope, *(j.point.scope for j in self.joins)}
+        self.joins.append(Join(node, stream[0], []))
+        self.joins[-1].leaves = [Leaf(n, scale, node) for n, scale in self._split(other, alpha, scopes)]
+        return stream[0]
+
+    def _split(self, node: Node, scale: float, scopes: set[str]) -> list[tuple[Node, float]]:
+        """The terms of a sum made where the stream itself is summed (parallel branches)."""
+        inner, factor = unscaled(node, scale)[-1]
+        summed = inner.op in ADDS and inner.scope in scopes and len(inner.inputs) == 2
+        if summed and inner.inputs[0].shape == inner.inputs[1].shape:
+            return [t for n in inner.inputs for t in self._split(n, factor, scopes)]
+        return [(node, scale)]
+
+    def _number(self) -> None:
+        """Every node of the stream → how many additions lie behind it."""
+        points = {join.point.order for join in self.joins}
+        place = 0
+        for node in self._passed:
+            place += node.order in points
+            self.streams[node.order] = place
+
+
+def _makers(calls: Iterable[Call]) -> dict[int, tuple[Call, Node]]:
+    """Output node → the innermost light module that made it from one other tensor, and that tensor."""
+    found: dict[int, tuple[Call, Node]] = {}
+    for call in calls:
+        made = [n for n in call.nodes if n is not None]
+        read = [n for n in call.reads if n is not None]
+        if len(made) != 1 or not read or made[0] in read or not light(call.module):
+            continue
+        alike = [n for n in read if n.shape == made[0].shape]
+        if len(alike) == 1 and made[0].order not in found:
+            found[made[0].order] = (call, alike[0])
+    return found

@@ -272,14 +272,64 @@ def report(folder: Folder) -> None:
 
 @app.command(epilog="Example: lamina anatomy smollm2-135m --certify")
 def anatomy(
-    model: Model,
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="MODEL", help="As for `thin`; with --coverage none, or the parts to put together."),
+    ] = None,
     certify: Annotated[bool, typer.Option("--certify", help="Print each block's residual error.")] = False,
     trust_remote_code: Trust = False,
+    coverage: Annotated[
+        bool, typer.Option("--coverage", help="Examine a tiny model of every type that the libraries know.")
+    ] = False,
+    library: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="transformers, timm, diffusers; may be repeated.")
+    ] = None,
+    only: Annotated[list[str] | None, typer.Option(metavar="TYPE", help="Of --coverage; may be repeated.")] = None,
+    shard: Annotated[
+        str | None, typer.Option(metavar="I/N", help="The I-th of N parts of --coverage, as JSON.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="FILE", help="Where --coverage writes: a page, or a part (.json)."),
+    ] = None,
 ) -> None:
-    """Print the blocks and sublayers that were found, what they cost, and the proof that they are right."""
+    """Print the blocks and sublayers that were found, what they cost, and the proof that they are right.
+
+    With --coverage: examine all architectures instead, or put parts together:
+    `lamina anatomy --coverage --shard 1/2`, the same with 2/2, then
+    `lamina anatomy --coverage coverage-*.json --out coverage.md`.
+    """
+    if coverage:
+        cover(models or [], library or [], only or [], shard, out)
+        return
+    if len(models or []) != 1:
+        raise InputError("which model?", hint="lamina anatomy MODEL, or lamina anatomy --coverage")
+    if library or only or shard or out:
+        raise InputError("--library, --only, --shard and --out belong to --coverage")
     from lamina.terminal import print_anatomy
 
-    print_anatomy(model, certify, trust_remote_code)
+    print_anatomy((models or [""])[0], certify, trust_remote_code)
+
+
+def cover(parts: list[str], libraries: list[str], only: list[str], shard: str | None, out: Path | None) -> None:
+    """Examine what was asked for, or put parts together; write the page or a part, and print the shares."""
+    from lamina.terminal import lines, print_coverage
+    from lamina.testing import coverage
+
+    if parts:
+        if libraries or only or shard:
+            raise InputError("parts are put together as they are", hint="without --library, --only and --shard")
+        rows, versions = coverage.read([Path(p) for p in parts])
+    else:
+        wanted = coverage.names(libraries or coverage.LIBRARIES, only, shard or "1/1")
+        progress = lines()
+        rows = coverage.run(wanted, progress=lambda name, done, total: progress("examining", done, total))
+        versions = coverage.versions(rows)
+    if out is None:
+        out = Path(f"coverage-{shard.replace('/', '-of-')}.json" if shard else "coverage.md")
+    coverage.write(rows, out, versions)
+    print_coverage(rows)
+    say(str(out))
 
 
 @app.command(epilog="Example: lamina methods --role measure")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +15,10 @@ from lamina.core import registry
 from lamina.core.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
+    from lamina.anatomy import Anatomy, Stack
     from lamina.core.documents import Evidence, EvidenceFile
     from lamina.pipeline import Run
+    from lamina.testing.coverage import Row
 
 console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 
@@ -58,6 +60,11 @@ def progress(run: Run) -> Iterator[None]:
 
         run.progress = show
         yield
+
+
+def lines() -> Callable[[str, int, int], None]:
+    """Progress in lines, for what is no run."""
+    return _Lines().show
 
 
 class _Lines:
@@ -172,15 +179,9 @@ def print_anatomy(model: str, certify: bool, trust_remote_code: bool) -> None:
 
     anatomy = Anatomy.of(load(model, trust_remote_code=trust_remote_code).model)
     certificate = anatomy.certify()
-    columns = ["site", "module", "parameters", "MACs/token", "KV B/token"]
-    table = _grid(model, *columns, *(["residual error"] if certify else []))
-    for site in anatomy.sites:
-        cost = anatomy.cost(site)
-        indent = "" if site.id in certificate.errors else "  "
-        error = [f"{certificate.errors[site.id]:.1e}" if site.id in certificate.errors else ""] if certify else []
-        costs = (number(cost.parameters), number(cost.macs), str(cost.kv_bytes or ""))
-        table.add_row(indent + site.id, site.path, *costs, *error)
-    console.print(table)
+    console.print(model, markup=False)
+    for stack in anatomy.stacks:
+        console.print(_stack_table(anatomy, stack, certificate.errors if certify else None))
     total = anatomy.total()
     console.print(
         f"{number(total.parameters)} parameters, {number(total.bytes, 'bytes')}, {number(total.macs)} MACs/token, "
@@ -190,6 +191,36 @@ def print_anatomy(model: str, certify: bool, trust_remote_code: bool) -> None:
         f"certified: input + branches = output in every block, to {certificate.worst:.1e} of its norm "
         f"({certificate.dtype}, at most {certificate.tolerance:.0e})"
     )
+
+
+def _stack_table(anatomy: Anatomy, stack: Stack, errors: Mapping[str, float] | None) -> Table:
+    """One stack's blocks, each with its sublayers below it; their modules are named from the block on."""
+    columns = ("module", "parameters", "share", "MACs/token", "KV B/token", *(["residual error"] if errors else []))
+    title = f"{stack.name or 'stack'} {stack.path}: {len(stack.blocks)} blocks of width {stack.width}"
+    table = _grid(title, "site", *columns)
+    table.columns[1].justify = "left"
+    whole = max(anatomy.total().parameters, 1)
+    for block in stack.blocks:
+        last = block.branches[-1] if block.branches else None
+        rows = [("", block.site, block.path)]
+        rows += [("└ " if b is last else "├ ", b.site, f"  {b.core}") for b in block.branches]
+        for guide, site, module in rows:
+            cost = anatomy.cost(site)
+            costs = (number(cost.parameters), f"{cost.parameters / whole:.1%}", number(cost.macs))
+            error = [f"{errors[site.id]:.1e}" if site.id in errors else ""] if errors else []
+            table.add_row(guide + site.id, module, *costs, str(cost.kv_bytes or ""), *error)
+    return table
+
+
+def print_coverage(rows: Sequence[Row]) -> None:
+    """How many types each check holds for."""
+    from lamina.testing.coverage import summary
+
+    head, *lines = summary(rows)
+    table = _grid("", *head)
+    for line in lines:
+        table.add_row(*line)
+    console.print(table)
 
 
 def print_methods(role: str | None) -> None:

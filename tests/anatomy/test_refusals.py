@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lamina.anatomy import Anatomy
-from lamina.core.errors import CertificateError, LaminaError
-from lamina.testing.models import NanoGPT, _Block, lively, tiny
+from lamina.core.errors import CertificateError, LaminaError, UnsupportedError
+from lamina.testing.models import NanoGPT, _Block, lively, text, tiny
 
 
 class Odd(_Block):
@@ -56,7 +56,6 @@ def odd(fault: str, place: int = 1) -> nn.Module:
         ("no stream in", "not its input plus branches"),
         ("in the block", "the branch is computed in the block"),
         ("added to itself", "the stream is added to itself"),
-        ("a number", "a number is added to the stream"),
     ],
 )
 @pytest.mark.parametrize("place", [0, 1, 3])
@@ -75,25 +74,40 @@ def test_the_same_block_without_a_fault_is_taken() -> None:
 @pytest.mark.parametrize(
     ("fault", "turns"),
     [
-        ("scaled", [("", 0.9), ("", 1.5)]),
-        ("gated", [("", "between.weight")]),
-        ("post-norm", [("before", 1.0), ("between", 1.0)]),
+        ("scaled", ["mul", "mul"]),
+        ("a number", ["add"]),
+        ("gated", ["mul"]),
+        ("post-norm", ["before", "between"]),
     ],
 )
-def test_what_happens_to_the_stream_itself_is_found(fault: str, turns: list[tuple[str, Any]]) -> None:
-    """Norms after the addition and factors: the certificate holds, and only where they are taken into account."""
+def test_what_happens_to_the_stream_itself_is_found(fault: str, turns: list[str]) -> None:
+    """Norms after the addition, numbers and factors: the certificate holds where they are taken into account."""
     model = odd(fault)
     anatomy = Anatomy.of(model)
     assert anatomy.certify().worst < 1e-6
+    assert anatomy.certify({"input_ids": text(3, 5)}).worst < 1e-6
     block = anatomy.block("block.1")
     assert not block.plain
-    found = [t for x in block.branches for t in x.before] + list(block.after)
-    assert [t.module for t in found] == [module for module, _ in turns]
-    for turn, (_, factor) in zip(found, turns, strict=True):
-        gate = torch.sigmoid(model.blocks[1].between.weight)  # type: ignore[union-attr,index]
-        assert torch.equal(torch.as_tensor(turn.factor), gate if isinstance(factor, str) else torch.as_tensor(factor))
-    others = (b for b in anatomy.stacks[0].blocks if b.site.id != "block.1")
-    assert all(b.plain for b in others)
+    assert [str(t) for x in block.branches for t in x.before] + [str(t) for t in block.after] == turns
+    assert all(b.plain for b in anatomy.stacks[0].blocks if b is not block)
+
+
+class Gated(_Block):
+    """A branch behind a gate that is made from the stream: it can be told on the sample alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + torch.sigmoid(self.between(x)) * self.mixes(self.before(x))
+        return x + self.feeds(self.between(x))
+
+
+def test_a_gate_made_from_the_stream_is_certified_on_the_sample_alone() -> None:
+    model = NanoGPT()
+    model.blocks[1] = Gated(32, 4)
+    anatomy = Anatomy.of(lively(model).eval())
+    assert anatomy.certify().worst < 1e-6
+    assert anatomy.block("block.1").bound
+    with pytest.raises(UnsupportedError, match=r"block\.1: .* known for the sample alone"):
+        anatomy.certify({"input_ids": text(2, 5)})
 
 
 def test_a_refused_model_is_left_as_it_was() -> None:

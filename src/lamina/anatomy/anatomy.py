@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._pytree import tree_flatten
 
 from lamina.anatomy.branches import find_branches, returns_of, tokens_of
 from lamina.anatomy.config import index_attributes, owner_of
 from lamina.anatomy.costs import kv_bytes, ledger
 from lamina.anatomy.parts import Block, Branch, Certificate, Ledger, Stack
 from lamina.anatomy.stacks import Seen, call, default_sample, evaluating, find_stacks
-from lamina.anatomy.trace import first_tensor
+from lamina.anatomy.trace import Flops, first_tensor
 from lamina.core.errors import CertificateError, InputError, UnsupportedError, did_you_mean
 from lamina.core.sites import SUBLAYERS, Cost, Kind, Site, Tie
 
@@ -45,10 +45,10 @@ class Anatomy:
             chains = find_stacks(model, given)
             names = _stack_names(chains)
             stacks = tuple(_stack(model, n, p, c) for n, (p, c) in zip(names, chains, strict=True))
-            with FlopCounterMode(display=False) as counter:
+            with Flops() as counter:
                 call(model, given)
             tokens = next(v.shape[0] * v.shape[1] for v in given.values() if isinstance(v, Tensor))
-            return cls(model, stacks, given, counter.get_total_flops() // 2 // tokens)
+            return cls(model, stacks, given, counter.total // 2 // tokens)
 
     @cached_property
     def sites(self) -> tuple[Site, ...]:
@@ -133,11 +133,17 @@ class Anatomy:
         """The parameters that the site owns, whole."""
         block = self.block(site)
         module = self.model.get_submodule(block.path)
-        paths = [""] if site.kind is Kind.BLOCK else [self.branch(site).core, *self.branch(site).own]
-        return tuple(
-            Tie(".".join(x for x in (block.path, path, name) if x), dim=0, size=p.shape[0])
-            for path in paths
-            for name, p in module.get_submodule(path).named_parameters()
+        owned = module.named_parameters() if site.kind is Kind.BLOCK else self.branch(site).owned(module)
+        return tuple(Tie(f"{block.path}.{name}", dim=0, size=p.shape[0]) for name, p in owned)
+
+    def _is_sample(self, sample: Mapping[str, Any] | None) -> bool:
+        """Whether these are the inputs that the anatomy was found with."""
+        if sample is None or sample is self.sample:
+            return True
+        mine, given = tree_flatten(self.sample), tree_flatten(dict(sample))
+        return mine[1] == given[1] and all(
+            torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b or a == b
+            for a, b in zip(mine[0], given[0], strict=True)
         )
 
     def certify(self, sample: Mapping[str, Tensor] | None = None) -> Certificate:
@@ -157,7 +163,7 @@ class Anatomy:
             error = (leaving.double() - total.double()).norm() / leaving.double().norm().clamp_min(1e-30)
             errors[block.site.id] = float(error)
 
-        with evaluating(self.model), watch_blocks(self.model, self, check):
+        with evaluating(self.model), watch_blocks(self.model, self, check, sampled=self._is_sample(sample)):
             call(self.model, sample or self.sample)
         tolerance = TOLERANCE if dtype in (torch.float32, torch.float64) else float(torch.finfo(dtype).eps)
         certificate = Certificate(errors, tolerance, str(dtype).removeprefix("torch."))

@@ -8,12 +8,13 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
-from lamina.anatomy.joins import Joins, Leaf, light, unscaled
+from lamina.anatomy.joins import MOVES, Joins, Leaf, light, unscaled
 from lamina.anatomy.parts import SUBLAYER_NAMES, Branch, Turn
-from lamina.anatomy.roles import kind_of
+from lamina.anatomy.roles import SOFTMAX, kind_of
 from lamina.anatomy.stacks import Seen
-from lamina.anatomy.trace import PASSES, Call, Node, Trace, aten, first_tensor
+from lamina.anatomy.trace import ADDS, PASSES, SCALES, Call, Node, Trace, aten, first_tensor
 from lamina.core.errors import CertificateError
 from lamina.core.sites import Site
 
@@ -86,11 +87,10 @@ class _Finder:
 
     def branch(self, term: _Term) -> Branch:
         """All but its place among the others."""
-        outlet, end, scale = self._outlet(term.leaf)
-        serving = [c for c in self.whole if any(n is not None and n.order in term.region for n in c.nodes)]
-        foreign = {c.path for c in self.whole if any(n is not None and n.order in term.others for n in c.nodes)}
-        own = [c for c in serving if c.path not in foreign] or [outlet]
+        outlet, end, scale, way, bound = self._outlet(term.leaf)
+        own = self._own(term, end) or [outlet]
         core = max(own, key=lambda c: (_weight(c.module), -c.ended))
+        core = core if _weight(core.module) else outlet
         place = _place(core, self.seen)
         kept: dict[str, Any] = {
             "core": core.path,
@@ -100,10 +100,16 @@ class _Finder:
         }
         inner = {c.path for c in own}
         kind = kind_of(self.trace, core, place, inner)
-        if not self._silent(core, own):
-            held = self._held(term, own)
+        if not self._silent(core, place, outlet):
+            held = self._held(term, own) if self._computes(term, own) else None
+            if held is None and not _weight(core.module):
+                raise CertificateError(
+                    "no submodule of its own computes the branch",
+                    where=self.where,
+                    hint=f"it is computed in {core.path.rpartition('.')[0] or 'the block'}",
+                )
             kept |= held[1] if held else {"widths": _widths(own, core)}
-            kind = kind_of(self.trace, held[0], _place(held[0], self.seen), inner) if held else kind
+            kind = kind_of(self.trace, held[0], _place(held[0], self.seen), {held[0].path}) if held else kind
         return Branch(
             site=Site(self.where, kind, core.path),
             outlet=outlet.path,
@@ -112,33 +118,73 @@ class _Finder:
             outlet_index=next(i for i, n in enumerate(outlet.nodes) if n is end),
             tail=_tail(self.trace, end),
             scale=scale,
+            way=way,
+            bound=bound,
             macs=sum(c.flops for c in own) // 2 // tokens_of(self.seen.entering),
             **kept,
         )
 
-    def _outlet(self, leaf: Leaf) -> tuple[Call, Node, float]:
-        """The outermost module whose output is what joins, but for numbers and reshapes."""
+    def _own(self, term: _Term, end: Node) -> list[Call]:
+        """The modules that serve this branch alone: neither another one, nor the stream, nor what gates the branch."""
+        mine = upstream(end, set(self.joins.streams))
+        apart = term.others | set(self.joins.streams) | (set(term.region) - set(mine))
+        apart.discard(end.order)
+        apart -= {node.order for node, _ in unscaled(term.leaf.node)}
+        made = [(c, [n.order for n in c.nodes if n is not None]) for c in self.whole]
+        foreign = {c.path for c, nodes in made if any(n in apart for n in nodes)}
+        found = {c.path: c for c, nodes in made if any(n in mine for n in nodes) and c.path not in foreign}
+        return list(found.values())
+
+    def _outlet(self, leaf: Leaf) -> tuple[Call, Node, float, tuple[Turn, ...], bool]:
+        """The outermost module whose output is what joins, but for numbers and reshapes: its call, node and factor.
+
+        Where more lies between, also the way from there, and whether that depends on the sample's inputs.
+        """
         for node, scale in unscaled(leaf.node, leaf.scale):
-            makers = [c for c in self.trace.calls if c.path not in self.holding and any(n is node for n in c.nodes)]
-            outer = [c for c in makers if not any(_within(c, o) for o in makers)]
-            if outer:
-                return outer[0], node, scale
+            if maker := self._maker(node):
+                return maker, node, scale, (), False
+        node, way, bound = leaf.node, list[Turn](), False
+        while node.op in MOVES or node.op in PASSES or node.op in SCALES or node.op in ADDS:
+            found = self.joins.step(node) or self._gated(node)
+            if found is None:
+                break
+            way.append(found[0])
+            bound = bound or found[0].bound or node.op in MOVES or node.op in PASSES
+            node = found[1]
+            if maker := self._maker(node):
+                return maker, node, leaf.scale, tuple(reversed(way)), bound
         raise CertificateError(
             "no submodule's output is what joins the stream",
             where=self.where,
             hint="the branch is computed in the block",
         )
 
-    def _silent(self, core: Call, own: Sequence[Call]) -> bool:
-        """Whether zeros from the core are zeros where the branch joins, by construction.
+    def _gated(self, node: Node) -> tuple[Turn, Node] | None:
+        """A product of two that both depend on the stream: the later made is the branch, the other its gate."""
+        if node.op not in SCALES or "mul" not in str(node.op) or len(node.inputs) != 2:
+            return None
+        late = max(node.inputs, key=lambda n: unscaled(n)[-1][0].order)
+        return self.joins.step(node, late)
 
-        So it is where only reshapes and the branch's own modules, which then hand on what they get, lie between.
-        """
-        width = self.seen.entering.shape[-1]
+    def _maker(self, node: Node) -> Call | None:
+        """The outermost module, of those that do not join anything, that returns this node."""
+        makers = [c for c in self.trace.calls if c.path not in self.holding and any(n is node for n in c.nodes)]
+        return next((c for c in makers if not any(_within(c, o) for o in makers)), None)
+
+    def _silent(self, core: Call, place: int | str, outlet: Call) -> bool:
+        """Whether zeros like the core's tokens, in the place of what it returns, are zeros where the branch joins."""
         made = first_tensor(core.output)
-        if made is None or made.shape[-1] != width:
-            return _chain(own)
-        return True
+        tokens = core.args[place] if isinstance(place, int) else core.kwargs[place]
+        wide = made is not None and made.shape[-1] == tokens.shape[-1] and _weight(core.module) > 0
+        return wide and (outlet is core or light(outlet.module))
+
+    def _computes(self, term: _Term, own: Sequence[Call]) -> bool:
+        """Whether more than numbers one by one is computed outside the branch's own modules."""
+        inside = tuple(c.path for c in own if _weight(c.module))
+        loose = [
+            n for n in term.region.values() if not any(n.scope == p or n.scope.startswith(p + ".") for p in inside)
+        ]
+        return not inside or any(n.op in flop_registry or n.op in SOFTMAX for n in loose)
 
     def _held(self, term: _Term, own: Sequence[Call]) -> tuple[Call, dict[str, Any]] | None:
         """The module that adds this branch to a stream which it gets as an argument, and does nothing else to it."""
@@ -146,28 +192,37 @@ class _Finder:
             if call.path not in self.holding or not call.started < term.leaf.point.order < call.ended:
                 continue
             inside = [j for j in self.joins.joins if call.started < j.point.order < call.ended]
-            stream = next((j.stream for j in inside), None)
-            if len(inside) != 1 or len(inside[0].leaves) != 1 or not self._hands_on(call, inside[0].point):
+            keeps = self._hands_on(call, inside[0].point) if len(inside) == 1 and len(inside[0].leaves) == 1 else None
+            if keeps is None or self._turns_before(call, inside[0].stream):
                 continue
             for place, value in [*enumerate(call.args), *call.kwargs.items()]:
-                if isinstance(value, Tensor) and stream is not None and self._is(value, stream):
-                    outside = [c.path for c in own if not _within(c, call)]
+                if isinstance(value, Tensor) and self._is(value, inside[0].stream):
                     return call, {
                         "core": call.path,
-                        "own": tuple(outside),
+                        "own": tuple(c.path for c in own if not _within(c, call)),
                         "stream": place,
                         "returns": returns_of(call.output),
                         "joins": True,
+                        "keeps": keeps,
                     }
         return None
 
-    def _hands_on(self, call: Call, point: Node) -> bool:
-        """Whether the call returns the sum as it is."""
-        made = first_tensor(call.output)
+    def _hands_on(self, call: Call, point: Node) -> tuple[str, ...] | None:
+        """The modules, inside the call, that the sum goes through before the call returns it; None if it doesn't."""
+        made, keeps = first_tensor(call.output), list[str]()
         node = None if made is None else self.trace.node(made)
-        while node is not None and node is not point and node.op in PASSES:
-            node = node.inputs[0]
-        return node is point
+        while node is not None and node is not point:
+            maker = self.joins.makers.get(node.order)
+            if maker is not None and maker[0].path.startswith(call.path + "."):
+                keeps.append(maker[0].path.removeprefix(call.path + "."))
+                node = maker[1]
+            else:
+                node = node.inputs[0] if node.op in PASSES else None
+        return None if node is None else tuple(reversed(keeps))
+
+    def _turns_before(self, call: Call, stream: Node) -> bool:
+        """Whether the stream that is added to was changed inside the call."""
+        return call.started < stream.order < call.ended and stream.op not in PASSES
 
     def _is(self, value: Tensor, stream: Node) -> bool:
         node = self.trace.node(value)
@@ -179,11 +234,6 @@ class _Finder:
 def _within(call: Call, other: Call) -> bool:
     """Whether the other call encloses this one."""
     return call is not other and other.started < call.started and call.ended < other.ended
-
-
-def _chain(own: Sequence[Call]) -> bool:
-    """Whether a branch's modules work position by position on last dimensions alone: zeros of any width pass."""
-    return all(isinstance(c.module, nn.Linear) or light(c.module) or not list(c.module.children()) for c in own)
 
 
 def _widths(own: Sequence[Call], core: Call) -> tuple[tuple[str, int], ...]:
@@ -220,6 +270,7 @@ def _place(core: Call, seen: Seen) -> int | str:
     alike = [p for p, v in given if v.shape == seen.entering.shape]
     alike += [p for p, v in given if v.numel() == seen.entering.numel() and v.shape[-1] == seen.entering.shape[-1]]
     alike += [p for p, v in given if v.ndim > 1 and v.shape[:-1] == seen.entering.shape[:-1]]
+    alike += [p for p, v in given if v.ndim > 2 and v.shape[:2] == seen.entering.shape[:2]]
     if not alike:
         raise CertificateError("the branch's core does not read the stream", where=f"{seen.path}.{core.path}")
     return alike[0]

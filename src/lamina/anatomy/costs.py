@@ -48,8 +48,7 @@ def _block(model: nn.Module, block: Block, kv: Mapping[str, int]) -> dict[str, C
     module = model.get_submodule(block.path)
     found = {}
     for branch in block.branches:
-        owned = (p for path in (branch.core, *branch.own) for p in module.get_submodule(path).parameters())
-        weight = weigh(owned)
+        weight = weigh(p for _, p in branch.owned(module))
         found[branch.site.id] = Cost(weight.parameters, weight.bytes, branch.macs, kv.get(branch.site.id, 0))
     weight = weigh(module.parameters())
     held = sum(kv.get(b.site.id, 0) for b in block.branches)

@@ -3,17 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
-from lamina.anatomy.parts import Turn
+from lamina.anatomy.parts import HERE, Turn
 from lamina.anatomy.trace import ADDS, PASSES, SCALES, Call, Node, Trace, aten
 from lamina.core.errors import CertificateError
 
 ZEROS = frozenset({aten.zeros_like, aten.zeros, aten.new_zeros})
 """Made from nothing: what stands where a dropped branch stood, so no branch."""
+
+
+UNARY = frozenset(
+    {aten.relu, aten.relu_, aten.gelu, aten.silu, aten.tanh, aten.clamp, aten.clamp_min, aten.hardtanh, aten.leaky_relu}
+)
+"""Applied to the stream number by number."""
+MOVES = frozenset(
+    {
+        aten.permute, aten.transpose, aten.t, aten.slice, aten.roll, aten.select, aten.narrow, aten.unfold, aten.flip,
+        aten.constant_pad_nd, aten.repeat, aten.split, aten.split_with_sizes, aten.chunk, aten.index, aten.index_select,
+        aten.pixel_shuffle, aten.as_strided, aten.copy_, aten.unbind, aten.movedim,
+    }
+)  # fmt: skip
+"""Ops that put the numbers of their first input elsewhere: zeros stay zeros."""
+
+
+MIXES = frozenset({aten.bmm, aten.matmul})
+"""Of several streams by factors that depend on them, where they stand second."""
 
 
 @dataclass(eq=False)
@@ -67,7 +86,9 @@ class Joins:
 
     def __init__(self, trace: Trace, source: Node, output: Node, where: str) -> None:
         self.source, self.where = source, where
-        self._makers = _makers(trace.calls)
+        self.makers = _makers(trace.calls)
+        tensors = (*trace.root.parameters(), *trace.root.buffers())
+        self._parameters = {id(t) for t in tensors} | {id(t.data) for t in tensors}
         self._strict: dict[int, bool] = {}
         self._loose: dict[int, bool] = {}
         self._moved: dict[int, bool] = {}
@@ -99,7 +120,7 @@ class Joins:
         return known[node.order]
 
     def _ways(self, node: Node, turning: bool) -> tuple[Node, ...]:
-        if node.op in ADDS:
+        if node.op in ADDS and sum(map(self.moved, node.inputs)) > 1:
             return node.inputs
         if node.op in PASSES:
             return node.inputs[:1]
@@ -108,18 +129,30 @@ class Joins:
 
     def _turn(self, node: Node) -> tuple[Turn, Node] | None:
         """What was done to the stream to make this node, and the stream before."""
-        if node.order in self._makers:
-            call, before = self._makers[node.order]
+        if node.order in self.makers:
+            call, before = self.makers[node.order]
             return Turn(call.path), before
-        if node.op in SCALES and "mul" in str(node.op) and node.inputs:
-            if len(node.inputs) == 1:
-                factor = next((a for a in node.args if is_scalar(a)), None)
-                return None if factor is None else (Turn(factor=float(factor)), node.inputs[0])
-            moved = [n for n in node.inputs if self.moved(n)]
-            still = [n for n in node.inputs if not self.moved(n)]
-            if len(moved) == len(still) == 1 and still[0].value is not None:
-                return Turn(factor=still[0].value.detach()), moved[0]
+        if node.op in UNARY or node.op in SCALES or node.op in ADDS:
+            return self.step(node)
+        if node.op in MIXES and len(node.inputs) == 2 and self.moved(node.inputs[0]):
+            found = self.step(node, node.inputs[1])
+            return None if found is None else (replace(found[0], shape=found[1].shape), found[1])
         return None
+
+    def step(self, node: Node, before: Node | None = None) -> tuple[Turn, Node] | None:
+        """The op that made a node as a function of one input, by default the only one that moves; None if there's none.
+
+        All else stands in it as the values that it had.
+        """
+        moving = [before] if before is not None else [n for n in node.inputs if self.moved(n)]
+        if len(moving) != 1 or sum(n is moving[0] for n in node.inputs) != 1:
+            return None
+        before = moving[0]
+        if not node.args or not any(a is before for a in node.args):
+            return None
+        args = tuple(HERE if a is before else _still(a) for a in node.args)
+        bound = any(self.given(n) for n in node.inputs if n is not before)
+        return Turn(op=node.op, args=args, kwargs=_still(dict(node.kwargs)), bound=bound), before
 
     def moved(self, node: Node) -> bool:
         """Whether a node depends on the block's input."""
@@ -135,15 +168,28 @@ class Joins:
         self._moved[node.order] = False
         return False
 
+    def given(self, node: Node) -> bool:
+        """Whether a node depends on anything but parameters and numbers."""
+        todo, seen = [node], set[int]()
+        while todo:
+            here = todo.pop()
+            if here.order in seen:
+                continue
+            seen.add(here.order)
+            if here.op is None and id(here.value) not in self._parameters:
+                return True
+            todo.extend(here.inputs)
+        return False
+
     def _walk(self, node: Node) -> None:
         """From the output back to the source, one step at a time."""
         turns: list[Turn] = []
         passed: list[Node] = []
         while node is not self.source:
             passed.append(node)
-            if node.op in PASSES and node.order not in self._makers:
+            if node.op in PASSES and node.order not in self.makers:
                 node = node.inputs[0]
-            elif node.op in ADDS and node.order not in self._makers:
+            elif node.op in ADDS and node.order not in self.makers and sum(map(self.moved, node.inputs)) > 1:
                 self._close(turns)
                 node = self._join(node)
             else:
@@ -165,8 +211,6 @@ class Joins:
             self.after = made
 
     def _join(self, node: Node) -> Node:
-        if len(node.inputs) != 2:
-            raise CertificateError("a number is added to the stream", where=self.where)
         stream = [n for n in node.inputs if self.carries(n, turning=False)]
         stream = stream or [n for n in node.inputs if self.carries(n)]
         if len(stream) != 1 or node.inputs[0] is node.inputs[1]:
@@ -195,6 +239,11 @@ class Joins:
         for node in self._passed:
             place += node.order in points
             self.streams[node.order] = place
+
+
+def _still(value: Any) -> Any:
+    """Arguments with the tensors' own values in the place of their nodes."""
+    return tree_map_only(Node, lambda n: n.value, value)
 
 
 def _makers(calls: Iterable[Call]) -> dict[int, tuple[Call, Node]]:

@@ -2,40 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lamina.core.sites import Cost, Kind, Site
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Turn:
-    """What a block does to the stream itself, beside adding to it: a norm's module, or a factor.
+    """What happens to a tensor on its way: a norm's module, or an operation with fixed other operands.
 
-    `module` is its path relative to the block; `factor` a number, or a tensor that broadcasts over [tokens, width].
+    `module` is its path relative to the block; else `op` is called with `args`, HERE standing for the tensor, seen in
+    the form `shape` where one is given. `bound`: the other operands were made from the sample's inputs.
     """
 
     module: str = ""
-    factor: float | Tensor = 1.0
+    op: Any = None
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    shape: tuple[int, ...] = ()
+    bound: bool = False
 
-    def __call__(self, block: nn.Module, stream: Tensor) -> Tensor:
-        """The stream afterwards."""
-        return block.get_submodule(self.module)(stream) if self.module else stream * self.factor
+    def __call__(self, block: nn.Module, tensor: Tensor) -> Tensor:
+        """The tensor afterwards."""
+        if self.module:
+            return block.get_submodule(self.module)(tensor)
+        given = tensor.reshape(self.shape) if self.shape else tensor
+        made = self.op(*(given if a is HERE else a for a in self.args), **self.kwargs)
+        return made.reshape(tensor.shape) if self.shape else made
 
     def __eq__(self, other: object) -> bool:
-        """The same module, or the same factor."""
-        if not isinstance(other, Turn) or self.module != other.module:
+        """The same module, or the same operation on the same numbers."""
+        if not isinstance(other, Turn) or (self.module, self.op) != (other.module, other.op):
             return False
-        mine, theirs = self.factor, other.factor
-        if isinstance(mine, Tensor) and isinstance(theirs, Tensor):
-            return mine.shape == theirs.shape and bool((mine == theirs).all())
-        return type(mine) is type(theirs) and mine == theirs
+        mine, theirs = tree_leaves((self.args, dict(self.kwargs))), tree_leaves((other.args, dict(other.kwargs)))
+        return len(mine) == len(theirs) and all(_same(a, b) for a, b in zip(mine, theirs, strict=True))
 
     def __hash__(self) -> int:
-        return hash(self.module)
+        return hash((self.module, str(self.op)))
+
+    def __str__(self) -> str:
+        return self.module or str(self.op).rpartition(".")[2]
+
+
+class _Here:
+    def __repr__(self) -> str:
+        return "HERE"
+
+
+HERE = _Here()
+"""Stands for the tensor among an operation's arguments."""
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.shape == other.shape and bool((one == other).all())
+    return type(one) is type(other) and bool(one == other)
 
 
 @dataclass(frozen=True)
@@ -50,7 +76,11 @@ class Branch:
     its output: the index of the tensor and the arity at each level, as `((0, 2),)` for the first of a pair.
 
     `before` is what happens to the stream after the branch that joins before this one, and before this one joins.
-    `joins`: the core adds to the stream itself, so that without the branch it hands on its argument `stream`.
+    `joins`: the core adds to the stream itself, so that without the branch it hands on its argument `stream`, by way of
+    the modules `keeps` inside it (norms of the stream).
+    `way` is what happens between the outlet and the joining beyond `scale`;
+    `bound`: it depends on the sample's inputs or their lengths (a gate made from a
+    condition, windows).
     `widths` are own modules (path, features) that must keep the width of what they return though it is all zero.
     """
 
@@ -69,7 +99,18 @@ class Branch:
     macs: int = 0
     before: tuple[Turn, ...] = ()
     joins: bool = False
+    keeps: tuple[str, ...] = ()
     widths: tuple[tuple[str, int], ...] = ()
+    way: tuple[Turn, ...] = ()
+    bound: bool = False
+
+    def owned(self, block: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters that serve this branch alone, with their names in the block."""
+        stay = tuple(f"{self.core}.{k}." for k in self.keeps)
+        for path in (self.core, *self.own):
+            for name, parameter in block.get_submodule(path).named_parameters():
+                if not f"{path}.{name}".startswith(stay or "\0"):
+                    yield f"{path}.{name}", parameter
 
 
 @dataclass(frozen=True)
@@ -86,6 +127,12 @@ class Block:
     returns: tuple[tuple[int, int], ...] = ()
     macs: int = 0
     after: tuple[Turn, ...] = ()
+
+    @property
+    def bound(self) -> bool:
+        """Whether what its branches add, or its stream, can be told on the sample alone."""
+        turns = (*self.after, *(t for x in self.branches for t in (*x.before, *x.way)))
+        return any(x.bound for x in self.branches) or any(t.bound for t in turns)
 
     @property
     def plain(self) -> bool:

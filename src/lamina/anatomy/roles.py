@@ -48,18 +48,23 @@ def _run(core: Call, filler: dict[str, Tensor], swap: Any) -> Tensor | None:
 
 
 def mixes(core: Call, place: int | str) -> bool:
-    """Whether a change at the first position reaches any other."""
+    """Whether a change at the first position reaches any other; positions may lie along any dimension but the last."""
     before = _tokens(core, place)
-    if before.ndim < 3 or before.shape[1] < 2:
-        return False
-    changed = before.clone()
-    changed[:, 0] = changed[:, 0].flip(-1) + 1
     clean, filler = _clean(core)
-    out = _run(core, filler, lambda t: changed if t is before else t)
-    if out is None or clean is None or out.ndim < 2:
+    if clean is None:
         return False
-    change = (out[:, 1:].float() - clean[:, 1:].float()).norm()
-    return bool(change > 1e-3 * clean[:, 1:].float().norm())
+    for dim in range(min(before.ndim, clean.ndim) - 1):
+        if before.shape[dim] < 2 or clean.shape[dim] != before.shape[dim]:
+            continue
+        changed = before.clone()
+        changed.select(dim, 0).copy_(before.select(dim, 0).flip(-1) + 1)
+        out = _run(core, filler, lambda t, changed=changed: changed if t is before else t)
+        if out is None:
+            continue
+        rest, due = (t.narrow(dim, 1, t.shape[dim] - 1).float() for t in (out, clean))
+        if bool((rest - due).norm() > 1e-3 * due.norm()):
+            return True
+    return False
 
 
 def _reads_another(core: Call, place: int | str) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -57,9 +59,19 @@ def default_sample(model: nn.Module, tokens: int = 7) -> dict[str, Tensor]:
 
 def call(model: nn.Module, sample: Mapping[str, Any]) -> Any:
     """One forward without a cache and without gradients."""
-    extra = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
+    extra = {"use_cache": False} if caches(model) and "use_cache" not in sample else {}
     with torch.no_grad():
         return model(**sample, **extra)
+
+
+def caches(model: nn.Module) -> bool:
+    """Whether a forward of the model takes `use_cache`."""
+    config = getattr(model, "config", None)
+    if hasattr(config, "use_cache"):
+        return True
+    inner = (getattr(config, name, None) for name in getattr(config, "sub_configs", None) or ())
+    named = inspect.signature(model.forward).parameters
+    return "use_cache" in named or ("kwargs" in named and any(hasattr(c, "use_cache") for c in inner))
 
 
 @contextmanager
@@ -141,7 +153,9 @@ def _holder(path: str, chains: Mapping[str, list[Seen]]) -> str:
 
 def _is_chain(calls: list[Seen]) -> bool:
     once = len({c.path for c in calls}) == len(calls)
-    return once and all(a.leaving is b.entering for a, b in pairwise(calls))
+    repeated = len(calls) == 1 or max(Counter(type(c.module) for c in calls).values()) > 1
+    whole = all(list(c.module.children()) for c in calls)
+    return once and repeated and whole and all(a.leaving is b.entering for a, b in pairwise(calls))
 
 
 def _inside(path: str, outer: str) -> bool:

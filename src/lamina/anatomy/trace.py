@@ -143,6 +143,22 @@ class Trace(TorchDispatchMode):
         self.calls.append(call)
 
 
+class Flops(TorchDispatchMode):
+    """Floating-point operations of what runs inside, as torch counts them: `total`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func._overloadpacket in flop_registry:
+            self.total += int(flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out))
+        return out
+
+
 def first_tensor(structure: Any, shape: tuple[int, ...] | None = None) -> Tensor | None:
     """The first tensor of a structure (of that shape, where given)."""
     for leaf in tree_leaves(structure):

@@ -45,7 +45,11 @@ def silenced(model: nn.Module, anatomy: Anatomy, site: str) -> Iterator[None]:
 
     def core(*args: Any, **kwargs: Any) -> Any:
         tokens = args[branch.stream] if isinstance(branch.stream, int) else kwargs[branch.stream]
-        return wrapped(tokens if branch.joins else _zeros(tokens, widths.get(branch.core)), branch.returns)
+        if not branch.joins:
+            return wrapped(_zeros(tokens, widths.get(branch.core)), branch.returns)
+        for path in branch.keeps:
+            tokens = block.get_submodule(f"{branch.core}.{path}")(tokens)
+        return wrapped(tokens, branch.returns)
 
     def same(tokens: Tensor, *_: Any, **__: Any) -> Tensor:
         return tokens

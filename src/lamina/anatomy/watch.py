@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from lamina.anatomy.parts import Block, Branch
 from lamina.anatomy.trace import first_tensor
+from lamina.core.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from lamina.anatomy.anatomy import Anatomy
@@ -19,9 +20,11 @@ Watcher = Callable[[Block, Tensor, Mapping[str, Tensor], Tensor], None]
 """(block, stream in, what each branch adds by site id, stream out), all [batch, tokens, width]."""
 
 
-def added(branch: Branch, output: Any, stream: Tensor) -> Tensor:
+def added(branch: Branch, output: Any, stream: Tensor, block: nn.Module) -> Tensor:
     """What the branch adds, shaped like the stream, from what its outlet returned."""
     found = tree_leaves(output)[branch.outlet_index]
+    for turn in branch.way:
+        found = turn(block, found)
     if found.shape != stream.shape and found.numel() == stream.numel():
         found = found.reshape(stream.shape)
     if branch.scale != 1.0:
@@ -30,8 +33,14 @@ def added(branch: Branch, output: Any, stream: Tensor) -> Tensor:
 
 
 @contextmanager
-def watch_blocks(model: nn.Module, anatomy: Anatomy, watcher: Watcher, only: Block | None = None) -> Iterator[None]:
-    """Call `watcher` after each block of a forward (or after `only` one); holds one block's tensors at a time."""
+def watch_blocks(
+    model: nn.Module, anatomy: Anatomy, watcher: Watcher, only: Block | None = None, *, sampled: bool = False
+) -> Iterator[None]:
+    """Call `watcher` after each block of a forward (or after `only` one); holds one block's tensors at a time.
+
+    `sampled`: the forward is on the anatomy's own sample. Raises UnsupportedError where a branch can be told on that
+    alone.
+    """
     handles = []
 
     def attach(block: Block) -> None:
@@ -53,7 +62,7 @@ def watch_blocks(model: nn.Module, anatomy: Anatomy, watcher: Watcher, only: Blo
         for branch in block.branches:
 
             def joins(_: nn.Module, args: Any, output: Any, branch: Branch = branch) -> None:
-                held[branch.site.id] = added(branch, output, held[""])
+                held[branch.site.id] = added(branch, output, held[""], module)
 
             handles.append(module.get_submodule(branch.outlet).register_forward_hook(joins))
         handles.append(module.register_forward_hook(closes, with_kwargs=True))
@@ -61,9 +70,15 @@ def watch_blocks(model: nn.Module, anatomy: Anatomy, watcher: Watcher, only: Blo
     for stack in anatomy.stacks:
         for block in stack.blocks:
             if only is None or block is only:
+                _check(block, sampled)
                 attach(block)
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _check(block: Block, sampled: bool) -> None:
+    if block.bound and not sampled:
+        raise UnsupportedError("what joins the stream here is known for the sample alone", where=block.site.id)

@@ -108,6 +108,8 @@ def _branch(number: int, branch: Branch) -> dict[str, Any]:
     }
     if branch.joins:
         found["joins"] = True
+    if branch.keeps:
+        found["keeps"] = list(branch.keeps)
     if branch.widths:
         found["widths"] = [list(w) for w in branch.widths]
     return found

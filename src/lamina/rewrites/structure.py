@@ -21,18 +21,30 @@ class Gone(nn.Module):
     """Stands where a branch's core stood: adds zero, computes nothing, holds no parameters and no cache entry.
 
     `stream` is the position or keyword of the tokens, `returns` the (index, arity) of each nested tuple. `joins`: the
-    core added to these tokens itself, so they are handed on; `width`: how many features the zeros have, if not as many.
+    core added to these tokens itself, so they are handed on, through the modules `keeps` (path → norm of the stream);
+    `width`: how many features the zeros have, if not as many.
     """
 
-    def __init__(self, stream=0, returns=(), joins=False, width=None):
+    def __init__(self, stream=0, returns=(), joins=False, width=None, keeps=None):
         super().__init__()
         self.stream, self.returns, self.joins, self.width = stream, tuple(map(tuple, returns)), joins, width
+        self.keeps = tuple(keeps or ())
+        for path, module in (keeps or {}).items():
+            *above, name = path.split(".")
+            holder = self
+            for part in above:
+                if part not in holder._modules:
+                    holder.add_module(part, nn.Module())
+                holder = holder._modules[part]
+            holder.add_module(name, module)
 
     def forward(self, *args, **kwargs):
         """Zeros shaped like the tokens, in the structure that the core returned."""
         tokens = args[self.stream] if isinstance(self.stream, int) else kwargs[self.stream]
         width = tokens.shape[-1] if self.width is None else self.width
         out = tokens if self.joins else tokens.new_zeros((*tokens.shape[:-1], width))
+        for path in self.keeps:
+            out = self.get_submodule(path)(out)
         for index, arity in reversed(self.returns):
             out = tuple(out if i == index else None for i in range(arity))
         return out
@@ -109,7 +121,9 @@ def _drop(model, step):
     for branch in step["branches"]:
         block = blocks[branch["block"]]
         widths = dict(branch.get("widths", ()))
-        core = Gone(branch["stream"], branch["returns"], branch.get("joins", False), widths.get(branch["core"]))
+        keeps = {p: block.get_submodule(f"{branch['core']}.{p}") for p in branch.get("keeps", ())}
+        width = widths.get(branch["core"])
+        core = Gone(branch["stream"], branch["returns"], branch.get("joins", False), width, keeps)
         block.set_submodule(branch["core"], core.train(block.training))
         for path in branch["own"]:
             gone = Gone(width=widths[path]) if path in widths else nn.Identity()

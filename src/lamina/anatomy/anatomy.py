@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from lamina.anatomy.branches import find_branches, returns_of, tokens_of
+from lamina.anatomy.branches import find_branches, find_stream, returns_of, tokens_of
 from lamina.anatomy.config import index_attributes, owner_of
 from lamina.anatomy.costs import kv_bytes, ledger
+from lamina.anatomy.joins import StreamError
 from lamina.anatomy.parts import Block, Branch, Certificate, Ledger, Stack
-from lamina.anatomy.stacks import Seen, call, default_sample, evaluating, find_stacks
+from lamina.anatomy.stacks import Seen, call, default_sample, evaluating, find_stacks, linked
 from lamina.anatomy.trace import Flops, first_tensor
 from lamina.core.errors import CertificateError, InputError, UnsupportedError, did_you_mean
 from lamina.core.sites import SUBLAYERS, Cost, Kind, Site, Tie
@@ -43,6 +44,7 @@ class Anatomy:
         with evaluating(model):
             given = dict(sample) if sample is not None else default_sample(model)
             chains = find_stacks(model, given)
+            chains = _with_stream(model, chains)
             names = _stack_names(chains)
             stacks = tuple(_stack(model, n, p, c) for n, (p, c) in zip(names, chains, strict=True))
             with Flops() as counter:
@@ -161,7 +163,7 @@ class Anatomy:
             dtype = leaving.dtype
             total = block.course(self.model.get_submodule(block.path), entering, branches)[-1]
             error = (leaving.double() - total.double()).norm() / leaving.double().norm().clamp_min(1e-30)
-            errors[block.site.id] = float(error)
+            errors[block.site.id] = max(float(error), errors.get(block.site.id, 0.0))
 
         with evaluating(self.model), watch_blocks(self.model, self, check, sampled=self._is_sample(sample)):
             call(self.model, sample or self.sample)
@@ -178,6 +180,36 @@ class Anatomy:
         return certificate
 
 
+def _with_stream(model: nn.Module, chains: list[tuple[str, list[Seen]]]) -> list[tuple[str, list[Seen]]]:
+    """Those chains of modules through which a stream runs; the others must not be the greater part of the model.
+
+    Raises UnsupportedError where no chain has a stream, StreamError where the largest has none.
+    """
+    found, others = [], {}
+    for path, chain in chains:
+        error = _no_stream(chain[0])
+        if error is not None and all(_no_stream(seen) for seen in chain[1:]):
+            others[path] = error
+        else:
+            found.append((path, chain))
+    weight = {path: sum(p.numel() for p in model.get_submodule(path).parameters()) for path, _ in chains}
+    for path, error in others.items():
+        if weight[path] > max((weight[p] for p, _ in found), default=0):
+            raise error
+    return found
+
+
+def _no_stream(seen: Seen) -> StreamError | None:
+    """The error, where no stream runs through an element; None where one does."""
+    try:
+        find_stream(seen, seen.path)
+    except StreamError as error:
+        return error
+    except CertificateError:
+        pass
+    return None
+
+
 def _stack_names(chains: list[tuple[str, list[Seen]]]) -> list[str]:
     """'' for a single stack; else the first path part that tells them apart."""
     if len(chains) == 1:
@@ -191,21 +223,55 @@ def _stack_names(chains: list[tuple[str, list[Seen]]]) -> list[str]:
 
 
 def _stack(model: nn.Module, name: str, path: str, chain: list[Seen]) -> Stack:
-    blocks = []
+    blocks: list[Block] = []
+    known: dict[Any, Block] = {}
     for number, seen in enumerate(chain):
         block_id = ".".join(x for x in (name, "block", str(number)) if x)
-        branches, after, trace = find_branches(seen, block_id, number)
-        if not branches:
-            raise UnsupportedError("the block joins nothing to the stream", where=block_id)
-        tokens = tokens_of(seen.entering)
-        site = Site(block_id, Kind.BLOCK, seen.path, number)
-        form = returns_of(seen.output)
-        blocks.append(Block(site, seen.path, branches, seen.stream, form, trace.flops // 2 // tokens, after))
+        alike = known.get(signature := _signature(seen, number))
+        block = _read(seen, block_id, number) if alike is None else _copied(alike, seen, block_id, number)
+        if block.plain and not any(x.way for x in block.branches):
+            known[signature] = block
+        blocks.append(block)
     index = index_attributes([s.module for s in chain])
     marked = tuple(_mark_cached(b, index) for b in blocks)
     depth = sum(any(x.cached for x in b.branches) for b in marked) or len(marked)
     owner = owner_of(model, path, depth)
-    return Stack(name, path, marked, owner, index, int(first_width(chain)))
+    return Stack(name, path, marked, owner, index, int(first_width(chain)), linked(chain))
+
+
+def _read(seen: Seen, block_id: str, number: int) -> Block:
+    """A block, traced on its own."""
+    branches, after, trace = find_branches(seen, block_id, number)
+    if not branches:
+        raise UnsupportedError("the block joins nothing to the stream", where=block_id)
+    site = Site(block_id, Kind.BLOCK, seen.path, number)
+    macs = trace.flops // 2 // tokens_of(seen.entering)
+    return Block(site, seen.path, branches, seen.stream, returns_of(seen.output), macs, after)
+
+
+def _copied(alike: Block, seen: Seen, block_id: str, number: int) -> Block:
+    """The same for a block that is built just like one that was traced; the certificate checks each by itself."""
+    branches = tuple(
+        replace(
+            x,
+            site=Site(
+                f"{block_id}.{x.site.id.rpartition('.')[2]}", x.site.kind, f"{seen.path}.{x.core}", number, x.site.width
+            ),
+        )
+        for x in alike.branches
+    )
+    return replace(alike, site=Site(block_id, Kind.BLOCK, seen.path, number), path=seen.path, branches=branches)
+
+
+def _signature(seen: Seen, number: int) -> tuple[Any, ...]:
+    """How a block is built and called: classes, shapes and settings of its modules, but for its own number."""
+    parts = []
+    for path, module in seen.module.named_modules():
+        shapes = tuple((n, tuple(p.shape), p.dtype) for n, p in module.named_parameters(recurse=False))
+        kept = sorted((k, v) for k, v in vars(module).items() if isinstance(v, bool | float | str | int))
+        parts.append((path, type(module), shapes, tuple(kv for kv in kept if kv[1] is True or kv[1] != number)))
+    called = tuple(type(a) for a in seen.args), tuple(sorted((k, str(type(v))) for k, v in seen.kwargs.items()))
+    return tuple(parts), called, seen.stream, tuple(seen.entering.shape), returns_of(seen.output)
 
 
 def first_width(chain: list[Seen]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from lamina.anatomy.joins import MOVES, Joins, Leaf, light, unscaled
+from lamina.anatomy.joins import MOVES, Joins, Leaf, StreamError, light, unscaled
 from lamina.anatomy.parts import SUBLAYER_NAMES, Branch, Turn
 from lamina.anatomy.roles import SOFTMAX, kind_of
 from lamina.anatomy.stacks import Seen
@@ -41,10 +42,10 @@ class _Term:
     others: set[int]
 
 
-def find_branches(seen: Seen, block_id: str, number: int) -> tuple[tuple[Branch, ...], tuple[Turn, ...], Trace]:
-    """The branches of one block in the order in which they join, and what happens to the stream after the last.
+def find_stream(seen: Seen, where: str) -> tuple[Trace, Joins]:
+    """What a block does when it runs on its recorded input, and how the stream goes through it.
 
-    Runs the block on its recorded input. Raises CertificateError where the block is not its input plus branches.
+    Raises StreamError where none does.
     """
     trace = Trace(seen.module)
     source = trace.node(seen.entering)
@@ -52,8 +53,16 @@ def find_branches(seen: Seen, block_id: str, number: int) -> tuple[tuple[Branch,
         output = seen.module(*seen.args, **seen.kwargs)
     out = first_tensor(output, tuple(seen.entering.shape))
     if out is None:
-        raise CertificateError("the block returns no stream", where=block_id)
-    joins = Joins(trace, source, trace.node(out), block_id)
+        raise StreamError("the block returns no stream", where=where)
+    return trace, Joins(trace, source, trace.node(out), where)
+
+
+def find_branches(seen: Seen, block_id: str, number: int) -> tuple[tuple[Branch, ...], tuple[Turn, ...], Trace]:
+    """The branches of one block in the order in which they join, and what happens to the stream after the last.
+
+    Runs the block on its recorded input. Raises CertificateError where the block is not its input plus branches.
+    """
+    trace, joins = find_stream(seen, block_id)
     stops, leaves = set(joins.streams), joins.leaves
     regions = [upstream(leaf.node, stops) for leaf in leaves]
     before = {j.point.order: j.before for j in joins.joins}
@@ -82,6 +91,7 @@ class _Finder:
         self.trace, self.joins, self.seen, self.where = trace, joins, seen, where
         points = [j.point.order for j in joins.joins]
         self.holding = {c.path for c in trace.calls if any(c.started < p < c.ended for p in points)}
+        self.often = Counter(c.path for c in trace.calls)
         inner = [c for c in trace.calls if c.path not in self.holding]
         self.whole = [c for c in inner if not any(_within(c, o) for o in inner)]
 
@@ -168,7 +178,11 @@ class _Finder:
 
     def _maker(self, node: Node) -> Call | None:
         """The outermost module, of those that do not join anything, that returns this node."""
-        makers = [c for c in self.trace.calls if c.path not in self.holding and any(n is node for n in c.nodes)]
+        makers = [
+            c
+            for c in self.trace.calls
+            if c.path not in self.holding and self.often[c.path] == 1 and any(n is node for n in c.nodes)
+        ]
         return next((c for c in makers if not any(_within(c, o) for o in makers)), None)
 
     def _silent(self, core: Call, place: int | str, outlet: Call) -> bool:
@@ -271,6 +285,8 @@ def _place(core: Call, seen: Seen) -> int | str:
     alike += [p for p, v in given if v.numel() == seen.entering.numel() and v.shape[-1] == seen.entering.shape[-1]]
     alike += [p for p, v in given if v.ndim > 1 and v.shape[:-1] == seen.entering.shape[:-1]]
     alike += [p for p, v in given if v.ndim > 2 and v.shape[:2] == seen.entering.shape[:2]]
+    alike += [p for p, v in given if v.numel() == seen.entering.numel()]
+    alike += [p for p, v in given if v.ndim > 1]
     if not alike:
         raise CertificateError("the branch's core does not read the stream", where=f"{seen.path}.{core.path}")
     return alike[0]

@@ -81,6 +81,10 @@ def light(module: nn.Module) -> bool:
     return not any(p.ndim > 1 and p.numel() > max(p.shape) for p in module.parameters())
 
 
+class StreamError(CertificateError):
+    """No stream runs through a block at all."""
+
+
 class Joins:
     """The additions and turns that lead from a block's input to its output, in the order of running."""
 
@@ -96,7 +100,7 @@ class Joins:
         self.after: tuple[Turn, ...] = ()
         self.streams: dict[int, int] = {}
         if not self.carries(output):
-            raise CertificateError(
+            raise StreamError(
                 "the block's output is not its input plus branches",
                 where=where,
                 hint="no chain of additions joins them",

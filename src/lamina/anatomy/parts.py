@@ -161,7 +161,8 @@ class Stack:
     """A run of blocks that share one residual stream.
 
     `index` are the attributes (module path and name, relative to the block) that hold the block's number,
-    `owner` is the path of the module whose config speaks of this stack.
+    `owner` is the path of the module whose config speaks of this stack. `linked`: each block gets the very stream that
+    the one before hands on.
     """
 
     name: str
@@ -170,6 +171,7 @@ class Stack:
     owner: str | None = None
     index: tuple[str, ...] = ()
     width: int = 0
+    linked: bool = True
 
 
 @dataclass(frozen=True)

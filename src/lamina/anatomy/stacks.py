@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -59,9 +59,11 @@ def default_sample(model: nn.Module, tokens: int = 7) -> dict[str, Tensor]:
 
 def call(model: nn.Module, sample: Mapping[str, Any]) -> Any:
     """One forward without a cache and without gradients."""
-    extra = {"use_cache": False} if caches(model) and "use_cache" not in sample else {}
     with torch.no_grad():
-        return model(**sample, **extra)
+        if caches(model) and "use_cache" not in sample:
+            with suppress(TypeError):  # some hand it on to what does not take it
+                return model(**sample, use_cache=False)
+        return model(**sample)
 
 
 def caches(model: nn.Module) -> bool:
@@ -114,7 +116,7 @@ def _watched(model: nn.Module, seen: list[Seen]) -> Iterator[None]:
 def _stream_of(seen: Seen) -> int | str | None:
     """Where the element takes the stream: the first argument shaped like what it returns."""
     out = first_tensor(seen.output)
-    if out is None or not out.is_floating_point() or out.ndim < 3:
+    if out is None or not out.is_floating_point() or out.ndim < 2:
         return None
     for place, value in [*enumerate(seen.args), *seen.kwargs.items()]:
         if isinstance(value, Tensor) and value.shape == out.shape:
@@ -136,12 +138,19 @@ def find_stacks(model: nn.Module, sample: Mapping[str, Any]) -> list[tuple[str, 
         if place is not None:
             one.stream = place
             parents.setdefault(one.path.rpartition(".")[0], []).append(one)
+    parents = {path: _first_round(calls) for path, calls in parents.items()}
     chains = {path: calls for path, calls in parents.items() if _is_chain(calls)}
     long = {p for p, c in chains.items() if len(c) > 1} or set(chains)
     outer = dict.fromkeys(_holder(p, chains) for p in long if not any(_inside(p, q) for q in long))
     if not outer:
         raise UnsupportedError("no stack of blocks that share a residual stream was found", where=type(model).__name__)
     return [(path, _flatten(chains[path], chains)) for path in chains if path in outer]
+
+
+def _first_round(calls: list[Seen]) -> list[Seen]:
+    """The calls until the first element is called again, where a model runs through its blocks several times."""
+    again = next((n for n, c in enumerate(calls) if n and c.path == calls[0].path), len(calls))
+    return calls[:again] if again > 1 else calls
 
 
 def _holder(path: str, chains: Mapping[str, list[Seen]]) -> str:
@@ -153,9 +162,20 @@ def _holder(path: str, chains: Mapping[str, list[Seen]]) -> str:
 
 def _is_chain(calls: list[Seen]) -> bool:
     once = len({c.path for c in calls}) == len(calls)
-    repeated = len(calls) == 1 or max(Counter(type(c.module) for c in calls).values()) > 1
+    kinds = Counter(type(c.module) for c in calls)
+    repeated = len(calls) == 1 or max(kinds.values()) > 1
     whole = all(list(c.module.children()) for c in calls)
-    return once and repeated and whole and all(a.leaving is b.entering for a, b in pairwise(calls))
+    return once and repeated and whole and (linked(calls) or _alike(calls, kinds))
+
+
+def linked(calls: list[Seen]) -> bool:
+    """Whether each element gets the very tensor that the one before returned."""
+    return all(a.leaving is b.entering for a, b in pairwise(calls))
+
+
+def _alike(calls: list[Seen], kinds: Mapping[type, int]) -> bool:
+    """Whether elements of one class work on streams of one shape, though something happens between them."""
+    return len(calls) > 1 and len(kinds) == 1 and len({tuple(c.entering.shape) for c in calls}) == 1
 
 
 def _inside(path: str, outer: str) -> bool:

@@ -174,7 +174,7 @@ def test_a_model_with_a_short_context(
     code, _, err = lamina(*tiny_run.thin_command(bench, run, "--blocks", "1", model="short"))
     assert (code, err) == (0, "")
     found = EvidenceFile.load(run / "evidence.json")
-    for name, how in (("prefill", "1×48 tokens"), ("decode", "1×16 tokens after 32"), ("peak_memory", "1×48 tokens")):
+    for name, how in (("prefill", "1×48 tokens"), ("decode", "1×8 tokens after 32"), ("peak_memory", "1×48 tokens")):
         evidence = found.get(name, "ratio" if name != "peak_memory" else "thinned")
         assert evidence is not None
         assert how in evidence.how

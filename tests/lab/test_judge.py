@@ -16,6 +16,7 @@ from lamina.core.documents import Step
 from lamina.core.errors import InputError
 from lamina.lab import Judge, Lab
 from lamina.rewrites.drop import Drop
+from lamina.testing import zoo
 from lamina.testing.bench import expect_same, fresh, lab_on, picture, rows, text
 from lamina.testing.models import NAMES, padded, tiny
 from lamina.testing.rewrites import logits
@@ -267,3 +268,19 @@ def test_judging_leaves_the_model_as_it_was(name: str) -> None:
 def test_a_wrong_metric_gets_a_hint() -> None:
     with pytest.raises(InputError, match=r"no metric named 'jss' \(did you mean js"):
         Judge(deep(), "jss")
+
+
+@pytest.mark.parametrize("base", [(), ("block.1.mlp",)])
+def test_blocks_that_norm_their_stream_are_judged_as_they_are(base: tuple[str, ...]) -> None:
+    """Where a norm follows the addition, nothing is recombined from a branch's output."""
+    bench = Lab(zoo.build("openai-gpt").model, text(3, 7))
+    judge = Judge(bench, "kl")
+    judge.rebase(base)
+    for site in ("block.1.attention", "block.2", "block.3.mlp"):
+        gone = [*base, site]
+        dense = [one(bench.model, r) for r in text(3, 7)]
+        with bench.ablate(gone):
+            values = [
+                v for r, d in zip(text(3, 7), dense, strict=True) for v in literal("kl", d, one(bench.model, r), r)
+            ]
+        assert judge.value(gone) == pytest.approx(math.fsum(values) / len(values), rel=1e-4)

@@ -10,9 +10,10 @@ import torch
 
 from lamina.core.scores import Scores
 from lamina.core.sites import Kind, Site
-from lamina.lab import Taps
+from lamina.lab import Lab, Taps
+from lamina.testing import zoo
 from lamina.testing.bench import lab_on, rows
-from lamina.testing.models import padded
+from lamina.testing.models import padded, text
 
 
 def taps(dtype: torch.dtype = torch.float32) -> Taps:
@@ -119,3 +120,27 @@ def test_sublayers_chain_up_to_the_block(name: str) -> None:
         assert serial == (name not in ("gpt_neox", "falcon"))
         want = block.entering + mixes.added if serial else block.entering
         assert torch.equal(feeds.entering, want)
+
+
+def test_branches_of_a_post_norm_model_see_the_stream_that_they_join() -> None:
+    """openai-gpt norms after each addition: x → ln_1(x + attn(x)) → ln_2(… + mlp(…))."""
+    specimen = zoo.build("openai-gpt")
+    bench = Lab(specimen.model, text(2, 7))
+    recorder = Recorder()
+    bench.stream([recorder])
+    found = {site.id: taps for site, taps in recorder.seen}
+    blocks = specimen.model.get_submodule(bench.anatomy.stacks[0].path)
+    with torch.no_grad():
+        stream = specimen.model.transformer(bench.batches[0]["input_ids"], output_hidden_states=True).hidden_states[0]
+        for number, block in enumerate(blocks):
+            attended = block.attn(stream)[0]
+            middle = block.ln_1(stream + attended)
+            fed = block.mlp(middle)
+            after = block.ln_2(middle + fed)
+            for name, entering, added in (("attention", stream, attended), ("mlp", middle, fed)):
+                taps_ = found[f"block.{number}.{name}"]
+                torch.testing.assert_close(taps_.x, entering.flatten(0, 1))
+                torch.testing.assert_close(taps_.f, added.flatten(0, 1))
+            torch.testing.assert_close(found[f"block.{number}"].x, stream.flatten(0, 1))
+            torch.testing.assert_close(found[f"block.{number}"].leaving, after.flatten(0, 1))
+            stream = after

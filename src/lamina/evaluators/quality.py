@@ -142,11 +142,13 @@ def _divergence(dense: Tensor, thinned: Tensor, batch: Mapping[str, Tensor]) -> 
     import torch
 
     from lamina.lab.lab import real
-    from lamina.maths.divergence import kl
+    from lamina.maths.divergence import KLFrom
 
     mask = real(batch).to(thinned.device)
     valid = mask[:, 1:] & mask[:, :-1]
-    return torch.stack([(kl(p[:-1], q[:-1]).double() * v).sum() for p, q, v in zip(dense, thinned, valid, strict=True)])
+    return torch.stack(
+        [(KLFrom(p[:-1])(q[:-1]).double() * v).sum() for p, q, v in zip(dense, thinned, valid, strict=True)]
+    )
 
 
 def _logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:

@@ -44,7 +44,7 @@ class Speed:
     batch: int = 1
     prefill: int = 256
     prompt: int = 32
-    decode: int = 16
+    decode: int = 8
     rounds: int = 5
     warmups: int = 1
     seed: int = 0

@@ -58,6 +58,8 @@ class Judge:
             raise InputError(f"no metric named {metric!r}", hint=did_you_mean(metric, [*METRICS, "loss"]))
         if len(lab.anatomy.stacks) != 1:
             raise UnsupportedError(f"the judge takes models of one stack, not {len(lab.anatomy.stacks)}")
+        if not lab.anatomy.stacks[0].linked:
+            raise UnsupportedError("between this stack's blocks something else happens to the stream", where="judge")
         self.lab, self.metric = lab, metric
         self.stack = lab.anatomy.stacks[0]
         self.base: Candidate = frozenset()
@@ -185,7 +187,7 @@ class Judge:
             for site in out:
                 held.enter_context(silenced(self.lab.model, self.lab.anatomy, site))
             found: Any = self.lab.model.get_submodule(block.path)(*args, **kwargs)
-        while isinstance(found, tuple):
+        while isinstance(found, tuple | list):
             found = found[next(i for i, x in enumerate(found) if x is not None)]
         return found
 

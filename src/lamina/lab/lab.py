@@ -15,8 +15,8 @@ from lamina.anatomy.parts import Block
 from lamina.anatomy.trial import silenced
 from lamina.anatomy.watch import watch_blocks
 from lamina.core.errors import InputError
-from lamina.core.sites import Kind
-from lamina.lab.taps import SharedTaps, Streams
+from lamina.core.sites import Kind, Site
+from lamina.lab.taps import SharedTaps, Streams, Taps
 from lamina.maths.divergence import nll
 
 if TYPE_CHECKING:
@@ -192,6 +192,11 @@ def _feeder(anatomy: Anatomy, batch: Batch, tallies: Sequence[Tally]) -> Callabl
 
     def feed(block: Block, entering: Tensor, branches: Mapping[str, Tensor], leaving: Tensor) -> None:
         ids = sequence.to(entering.device)
+        if not block.plain:
+            for site, taps in _in_course(anatomy, block, entering, branches, leaving, strip, (ids, len(mask))):
+                for tally in tallies:
+                    tally.add(site, taps)
+            return
         added = [strip(branches[x.site.id]) for x in block.branches]
         streams = Streams(strip(entering), added, strip(leaving))
         whole = SharedTaps(streams, [0], range(1, len(added) + 1), ids, len(mask))
@@ -203,6 +208,22 @@ def _feeder(anatomy: Anatomy, batch: Batch, tallies: Sequence[Tally]) -> Callabl
                 tally.add(branch.site, taps)
 
     return feed
+
+
+def _in_course(
+    anatomy: Anatomy,
+    block: Block,
+    entering: Tensor,
+    branches: Mapping[str, Tensor],
+    leaving: Tensor,
+    strip: Callable[[Tensor], Tensor],
+    sequences: tuple[Tensor, int],
+) -> Iterator[tuple[Site, Taps]]:
+    """The taps of a block that does more to its stream than add to it: each branch with the stream that it joins."""
+    course = block.course(anatomy.model.get_submodule(block.path), entering, branches)
+    yield block.site, Taps(strip(entering), strip(leaving - entering), *sequences, out=strip(leaving))
+    for stream, branch in zip(course, block.branches, strict=False):
+        yield branch.site, Taps(strip(stream), strip(branches[branch.site.id]), *sequences)
 
 
 def wanted(kinds: Sequence[Kind], kind: Kind) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lamina.anatomy.trial import inputs_recorded, silenced
 from lamina.anatomy.watch import watch_blocks
+from lamina.core.errors import UnsupportedError
 from lamina.lab.lab import real
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ class Walk:
 
     def __init__(self, lab: Lab, gone: Iterable[str] = (), stack: int = 0) -> None:
         self.lab, self.stack = lab, lab.anatomy.stacks[stack]
+        if not self.stack.linked:
+            raise UnsupportedError("between this stack's blocks something else happens to the stream", where="walk")
         self.gone = lab.anatomy.expand(gone)
         self.at = 0
         self._calls: list[list[tuple[tuple[Any, ...], Mapping[str, Any]]]] = []
@@ -110,7 +113,7 @@ class Walk:
         else:
             kwargs = {**kwargs, block.stream: state}
         out: Any = module(*args, **kwargs)
-        while isinstance(out, tuple):
+        while isinstance(out, tuple | list):
             out = next(x for x in out if x is not None)
         return out
 

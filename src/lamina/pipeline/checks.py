@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lamina.core.documents import Recipe
     from lamina.pipeline.run import Run
 
-MEASURED = {"speed": {"prefill": 256, "prompt": 32, "decode": 16}, "memory": {"length": 256}}
+MEASURED = {"speed": {"prefill": 256, "prompt": 32, "decode": 8}, "memory": {"length": 256}}
 """Tokens that the evaluators ask for, where the model's context holds them."""
 
 

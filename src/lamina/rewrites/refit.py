@@ -128,8 +128,8 @@ def refit_sites(anatomy: Anatomy, gone: Iterable[str]) -> tuple[str, ...]:
 
 
 def _fits(anatomy: Anatomy, site: str) -> bool:
-    """Whether the branch ends in a linear map, in a block that only adds to its stream."""
-    return bool(anatomy.branch(site).tail) and anatomy.block(site).plain
+    """Whether the branch ends in a linear map, in a stack whose blocks only add to their stream."""
+    return bool(anatomy.branch(site).tail) and all(b.plain for b in anatomy.stack(site).blocks)
 
 
 class _Targets:
@@ -206,7 +206,7 @@ def _gap(stack: Stack, gone: frozenset[str], number: int, position: int) -> tupl
 
 
 def _solve(lab: Lab, inputs: list[Tensor], target: list[Tensor], streams: list[Tensor], ridge: float) -> Tensor:
-    """The correction [features, width], float32."""
+    """The correction [features, width], float32; a batch is summed in the streams' own type, batches in float64."""
     import torch
 
     from lamina.lab.lab import real
@@ -216,9 +216,10 @@ def _solve(lab: Lab, inputs: list[Tensor], target: list[Tensor], streams: list[T
     for z, y, x, batch in zip(inputs, target, streams, lab.batches, strict=True):
         keep = real(batch).to(z.device)
         zf, yf, xf = (t[keep].float() for t in (z, y, x))
-        weighted = zf / yf.square().sum(-1, keepdim=True).clamp_min(1e-12)
-        gram = gram + (weighted.T @ zf).double()
-        moment = moment + (weighted.T @ (yf - xf)).double()
+        size = yf.norm(dim=-1, keepdim=True).clamp_min(1e-6)
+        left, right = (zf / size).to(z.dtype), ((yf - xf) / size).to(z.dtype)
+        gram = gram + (left.T @ left).double()
+        moment = moment + (left.T @ right).double()
     eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     level = (ridge * gram.diagonal().mean()).clamp_min(1e-30)
     return torch.linalg.solve(gram + level * eye, moment).float()

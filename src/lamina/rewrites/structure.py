@@ -71,14 +71,14 @@ class Group(nn.ModuleList):
         result = None
         for position, block in enumerate(self):
             out = block(*args, **kwargs)
-            tokens = out[0] if isinstance(out, tuple) else out
+            tokens = out[0] if isinstance(out, (tuple, list)) else out
             if position == self.main:
                 result = out
             if isinstance(self.stream, int):
                 args = (*args[: self.stream], tokens, *args[self.stream + 1 :])
             else:
                 kwargs = {**kwargs, self.stream: tokens}
-        return (tokens, *result[1:]) if isinstance(result, tuple) else tokens
+        return (tokens, *result[1:]) if isinstance(result, (tuple, list)) else tokens
 
     def __getattr__(self, name):
         try:

@@ -299,37 +299,16 @@ def anatomy(
     `lamina anatomy --coverage --shard 1/2`, the same with 2/2, then
     `lamina anatomy --coverage coverage-*.json --out coverage.md`.
     """
+    from lamina.terminal import print_anatomy, print_coverage
+
     if coverage:
-        cover(models or [], library or [], only or [], shard, out)
+        print_coverage(models or [], library or [], only or [], shard, out)
         return
     if len(models or []) != 1:
         raise InputError("which model?", hint="lamina anatomy MODEL, or lamina anatomy --coverage")
     if library or only or shard or out:
         raise InputError("--library, --only, --shard and --out belong to --coverage")
-    from lamina.terminal import print_anatomy
-
     print_anatomy((models or [""])[0], certify, trust_remote_code)
-
-
-def cover(parts: list[str], libraries: list[str], only: list[str], shard: str | None, out: Path | None) -> None:
-    """Examine what was asked for, or put parts together; write the page or a part, and print the shares."""
-    from lamina.terminal import lines, print_coverage
-    from lamina.testing import coverage
-
-    if parts:
-        if libraries or only or shard:
-            raise InputError("parts are put together as they are", hint="without --library, --only and --shard")
-        rows, versions = coverage.read([Path(p) for p in parts])
-    else:
-        wanted = coverage.names(libraries or coverage.LIBRARIES, only, shard or "1/1")
-        progress = lines()
-        rows = coverage.run(wanted, progress=lambda name, done, total: progress("examining", done, total))
-        versions = coverage.versions(rows)
-    if out is None:
-        out = Path(f"coverage-{shard.replace('/', '-of-')}.json" if shard else "coverage.md")
-    coverage.write(rows, out, versions)
-    print_coverage(rows)
-    say(str(out))
 
 
 @app.command(epilog="Example: lamina methods --role measure")

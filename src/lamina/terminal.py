@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from lamina.anatomy import Anatomy, Stack
     from lamina.core.documents import Evidence, EvidenceFile
     from lamina.pipeline import Run
-    from lamina.testing.coverage import Row
 
 console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 
@@ -60,11 +60,6 @@ def progress(run: Run) -> Iterator[None]:
 
         run.progress = show
         yield
-
-
-def lines() -> Callable[[str, int, int], None]:
-    """Progress in lines, for what is no run."""
-    return _Lines().show
 
 
 class _Lines:
@@ -212,15 +207,30 @@ def _stack_table(anatomy: Anatomy, stack: Stack, errors: Mapping[str, float] | N
     return table
 
 
-def print_coverage(rows: Sequence[Row]) -> None:
-    """How many types each check holds for."""
-    from lamina.testing.coverage import summary
+def print_coverage(
+    parts: Sequence[str], libraries: Sequence[str], only: Sequence[str], shard: str | None, out: Path | None
+) -> None:
+    """Examine what is asked for, or put parts together; write the page or a part, and print how much holds."""
+    from lamina.testing import coverage
 
-    head, *lines = summary(rows)
+    if not parts:
+        wanted = coverage.names(libraries or coverage.LIBRARIES, only, shard or "1/1")
+        shown = _Lines()
+        rows = coverage.run(wanted, progress=lambda _, done, total: shown.show("examining", done, total))
+        versions = coverage.versions(rows)
+    elif libraries or only or shard:
+        raise InputError("parts are put together as they are", hint="without --library, --only and --shard")
+    else:
+        rows, versions = coverage.read([Path(p) for p in parts])
+    if out is None:
+        out = Path(f"coverage-{shard.replace('/', '-of-')}.json" if shard else "coverage.md")
+    coverage.write(rows, out, versions)
+    head, *lines = coverage.summary(rows)
     table = _grid("", *head)
     for line in lines:
         table.add_row(*line)
     console.print(table)
+    console.print(str(out), markup=False)
 
 
 def print_methods(role: str | None) -> None:

@@ -292,11 +292,11 @@ def _place(core: Call, seen: Seen) -> int | str:
     return alike[0]
 
 
-def returns_of(output: Any) -> tuple[tuple[int, int], ...]:
-    """((index, arity), …) down to the first tensor of a nested tuple."""
-    path: list[tuple[int, int]] = []
+def returns_of(output: Any) -> tuple[tuple[Any, ...], ...]:
+    """((index, arity), …) down to the first tensor of a nested tuple; (index, arity, "list") where it is a list."""
+    path: list[tuple[Any, ...]] = []
     while isinstance(output, tuple | list):
         index = next(i for i, x in enumerate(output) if any(isinstance(t, Tensor) for t in tree_leaves(x)))
-        path.append((index, len(output)))
+        path.append((index, len(output), *(("list",) if isinstance(output, list) else ())))
         output = output[index]
     return tuple(path)

@@ -73,7 +73,8 @@ class Branch:
     place); `tail` is the linear map whose output is what joins ('' where something else, such as a norm, comes
     last). `reads` lists the positions of the branches of the same block that have joined the stream before this
     one reads it. `stream` tells where the core takes its input (position or keyword), `returns` the structure of
-    its output: the index of the tensor and the arity at each level, as `((0, 2),)` for the first of a pair.
+    its output: the index of the tensor and the arity at each level, as `((0, 2),)` for the first of a pair
+    (`((0, 2, "list"),)` for that of a list).
 
     `before` is what happens to the stream after the branch that joins before this one, and before this one joins.
     `joins`: the core adds to the stream itself, so that without the branch it hands on its argument `stream`, by way of
@@ -91,7 +92,7 @@ class Branch:
     reads: tuple[int, ...]
     scale: float = 1.0
     stream: int | str = 0
-    returns: tuple[tuple[int, int], ...] = ()
+    returns: tuple[tuple[Any, ...], ...] = ()
     outlet_index: int = 0
     tail: str = ""
     cached: bool = False
@@ -124,7 +125,7 @@ class Block:
     path: str
     branches: tuple[Branch, ...]
     stream: int | str = 0
-    returns: tuple[tuple[int, int], ...] = ()
+    returns: tuple[tuple[Any, ...], ...] = ()
     macs: int = 0
     after: tuple[Turn, ...] = ()
 

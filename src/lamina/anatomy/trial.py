@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from lamina.anatomy.anatomy import Anatomy
-    from lamina.anatomy.parts import Stack
+    from lamina.anatomy.parts import Block, Stack
 
 
 @contextmanager
@@ -29,11 +29,12 @@ def forward_of(module: nn.Module, function: Callable[..., Any]) -> Iterator[None
             module.forward = before
 
 
-def wrapped(tokens: Tensor, returns: Sequence[tuple[int, int]]) -> Any:
+def wrapped(tokens: Tensor, returns: Sequence[Sequence[Any]]) -> Any:
     """`tokens` in the nested tuple that the module returns; other places are None."""
     out: Any = tokens
-    for index, arity in reversed(returns):
-        out = tuple(out if i == index else None for i in range(arity))
+    for index, arity, *form in reversed(returns):
+        made = (out if i == index else None for i in range(arity))
+        out = list(made) if form else tuple(made)
     return out
 
 
@@ -72,11 +73,36 @@ def _wide(width: int, tokens: Tensor, *_: Any, **__: Any) -> Tensor:
 
 
 @contextmanager
+def passed(model: nn.Module, block: Block) -> Iterator[None]:
+    """Inside, the block hands its stream on as it is, norms of the stream included."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return wrapped(args[block.stream] if isinstance(block.stream, int) else kwargs[block.stream], block.returns)
+
+    with forward_of(model.get_submodule(block.path), forward):
+        yield
+
+
+@contextmanager
+def ablated(model: nn.Module, anatomy: Anatomy, sites: Iterable[str]) -> Iterator[None]:
+    """Inside, these blocks and branches are gone; a block whose branches all go goes as a whole."""
+    with ExitStack() as stack:
+        for site in anatomy.collapse(anatomy.expand(sites)):
+            block = anatomy.block(site)
+            if block.site.id == site and not block.plain:
+                stack.enter_context(passed(model, block))
+                continue
+            for part in anatomy.parts(site):
+                stack.enter_context(silenced(model, anatomy, part.id))
+        yield
+
+
+@contextmanager
 def shorted(model: nn.Module, stack: Stack, states: Callable[[], Tensor]) -> Iterator[None]:
     """Inside, the stack's blocks are not computed: the last hands on `states()`, the others pass the stream."""
     last = stack.blocks[-1]
 
-    def passing(place: int | str, returns: Sequence[tuple[int, int]]) -> Callable[..., Any]:
+    def passing(place: int | str, returns: Sequence[Sequence[Any]]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             return wrapped(args[place] if isinstance(place, int) else kwargs[place], returns)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lamina.anatomy import Anatomy
 from lamina.anatomy.parts import Block
-from lamina.anatomy.trial import silenced
+from lamina.anatomy.trial import ablated
 from lamina.anatomy.watch import watch_blocks
 from lamina.core.errors import InputError
 from lamina.core.sites import Kind, Site
@@ -145,10 +145,8 @@ class Lab:
 
     @contextmanager
     def ablate(self, sites: Iterable[str]) -> Iterator[None]:
-        """Inside, the sites' branches add zero and are not computed; afterwards all is as before."""
-        with ExitStack() as stack:
-            for site in self.anatomy.expand(sites):
-                stack.enter_context(silenced(self.model, self.anatomy, site))
+        """Inside, the sites add nothing and are not computed; afterwards all is as before."""
+        with ablated(self.model, self.anatomy, sites):
             yield
 
     @torch.no_grad()
@@ -223,7 +221,8 @@ def _in_course(
     course = block.course(anatomy.model.get_submodule(block.path), entering, branches)
     yield block.site, Taps(strip(entering), strip(leaving - entering), *sequences, out=strip(leaving))
     for stream, branch in zip(course, block.branches, strict=False):
-        yield branch.site, Taps(strip(stream), strip(branches[branch.site.id]), *sequences)
+        added = branches.get(branch.site.id)
+        yield branch.site, Taps(strip(stream), strip(torch.zeros_like(stream) if added is None else added), *sequences)
 
 
 def wanted(kinds: Sequence[Kind], kind: Kind) -> bool:

@@ -45,8 +45,9 @@ class Gone(nn.Module):
         out = tokens if self.joins else tokens.new_zeros((*tokens.shape[:-1], width))
         for path in self.keeps:
             out = self.get_submodule(path)(out)
-        for index, arity in reversed(self.returns):
-            out = tuple(out if i == index else None for i in range(arity))
+        for index, arity, *form in reversed(self.returns):
+            made = (out if i == index else None for i in range(arity))
+            out = list(made) if form else tuple(made)
         return out
 
     def extra_repr(self):

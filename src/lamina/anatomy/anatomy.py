@@ -18,6 +18,7 @@ from lamina.anatomy.joins import StreamError
 from lamina.anatomy.parts import Block, Branch, Certificate, Ledger, Stack
 from lamina.anatomy.stacks import Seen, call, default_sample, evaluating, find_stacks, linked
 from lamina.anatomy.trace import Flops, first_tensor
+from lamina.anatomy.units import UNITS, UnitSites
 from lamina.core.errors import CertificateError, InputError, UnsupportedError, did_you_mean
 from lamina.core.sites import SUBLAYERS, Cost, Kind, Site, Tie
 
@@ -25,7 +26,7 @@ TOLERANCE = 1e-5
 """Relative residual error that a float32 block may show; other types get their own rounding step."""
 
 
-class Anatomy:
+class Anatomy(UnitSites):
     """The sites of one model in depth order: each block, then its sublayers."""
 
     def __init__(self, model: nn.Module, stacks: tuple[Stack, ...], sample: Mapping[str, Any], macs: int) -> None:
@@ -132,7 +133,9 @@ class Anatomy:
         return sum((self.cost(s) for s in self.collapse(self.expand(site_ids))), Cost())
 
     def ties(self, site: Site) -> tuple[Tie, ...]:
-        """The parameters that the site owns, whole."""
+        """The parameters that the site owns, whole; of a site of units, the slices of each unit."""
+        if site.kind in UNITS:
+            return self.unit_ties(site)
         block = self.block(site)
         module = self.model.get_submodule(block.path)
         owned = module.named_parameters() if site.kind is Kind.BLOCK else self.branch(site).owned(module)

@@ -130,7 +130,6 @@ def _choose(run: Run, journal: Path) -> tuple[tuple[Step, ...], dict[str, float]
 
 
 def refit_step(lab: Lab, gone: Sequence[str]) -> Step | None:
-    """The step that refits the maps around what goes; None where there is none."""
     """The refit around the sites that go; None where nothing that stays can take it."""
     from lamina.rewrites.refit import RIDGE, refit_sites
 
@@ -153,14 +152,14 @@ def _expect(run: Run, lab: Lab, steps: Sequence[Step], gone: Sequence[str]) -> d
 
 
 def expected_loss(lab: Lab, steps: Sequence[Step], gone: Sequence[str]) -> float:
-    """Rise of the loss, in nats, on calibration text; a refit is tried on three quarters of it, judged on the rest."""
+    """Rise of the loss, in nats, on calibration text; a refit is tried on half of it and judged on the last quarter."""
     fits = [s for s in steps if s.rewrite == "refit"]
     if not fits or len(lab.batches) < 2:
         return lab.loss(gone) - lab.loss()
     from lamina.rewrites.refit import kept_weights
 
-    cut = max(1, len(lab.batches) * 3 // 4)
-    fitting, judging = lab.on(lab.batches[:cut]), lab.on(lab.batches[cut:])
+    fit, rest = max(1, len(lab.batches) // 2), max(1, len(lab.batches) * 3 // 4)
+    fitting, judging = lab.on(lab.batches[:fit]), lab.on(lab.batches[rest:])
     dense = judging.loss()
     with kept_weights(lab, [s for step in fits for s in step.sites]):
         for step in fits:

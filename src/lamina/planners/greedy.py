@@ -38,7 +38,7 @@ class Greedy:
     stay. With a divergence, the scores decide only in which order candidates are tried: what can't win any more is
     given up early, without changing the choice. In each round only the `shortlist` candidates that were cheapest when
     last priced are judged, and those beside a gap, since a gap makes its neighbours cheaper (0: all); in the first
-    round three times as many, by their scores. The judge hears the first `length` tokens of `sequences` of the text,
+    round four times as many, by their scores. The judge hears the first `length` tokens of `sequences` of the text,
     `batch_size` sequences at once.
     """
 
@@ -46,7 +46,7 @@ class Greedy:
     per: Literal["budget", "site"] = "budget"
     kinds: tuple[Kind, ...] = (Kind.BLOCK,)
     edges: int = 0
-    shortlist: int = 4
+    shortlist: int = 3
     sequences: int = 8
     length: int = 256
     batch_size: int = 4
@@ -89,7 +89,7 @@ class Greedy:
         """The options that are judged, in depth order."""
         if not self.shortlist or not worth:
             return options
-        count = self.shortlist if gone else 3 * self.shortlist
+        count = self.shortlist if gone else 4 * self.shortlist
         order = [x.site.id for k in anatomy.stacks for b in k.blocks for x in b.branches]
         covered = anatomy.expand(gone)
         beside = {s for s, t in pairwise(order) if t in covered} | {t for s, t in pairwise(order) if s in covered}

@@ -1,0 +1,264 @@
+"""The units of a model's branches: heads, KV groups, neurons and experts, found by what they do, then certified."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from lamina.anatomy._units_cut import certify
+from lamina.anatomy._units_experts import certify_experts, find_experts
+from lamina.anatomy._units_find import NoUnits, Units, find
+from lamina.anatomy._units_probe import Given, Rig
+from lamina.anatomy.parts import Block, Branch, Stack
+from lamina.anatomy.stacks import call, evaluating
+from lamina.core.errors import CertificateError, InputError
+from lamina.core.sites import Kind, Site, Tie
+
+KINDS: dict[Kind, tuple[Kind, ...]] = {
+    Kind.ATTENTION: (Kind.HEAD, Kind.KV_GROUP),
+    Kind.CROSS_ATTENTION: (Kind.HEAD, Kind.KV_GROUP),
+    Kind.MLP: (Kind.NEURON,),
+    Kind.MOE: (Kind.EXPERT,),
+}
+"""Kind of branch → kinds of its units."""
+UNITS = frozenset(k for kinds in KINDS.values() for k in kinds)
+"""The kinds of units."""
+SEEDS = (0, 1, 2)
+"""Of the numbers that blocks are filled with, in turn, where some leave a unit without effect."""
+
+
+@dataclass(frozen=True)
+class UnitCertificate:
+    """How units were certified: "cut" (zeroing, masking and cutting agree) or "mask" (zeroing and masking do).
+
+    `error` is relative to what a unit adds; `tested` are the units that were tried.
+    """
+
+    site: Site
+    how: str
+    error: float
+    tested: tuple[int, ...]
+
+
+@dataclass(eq=False)
+class UnitTable:
+    """The units of one model, found branch by branch when they are asked for; blocks built alike share the finding."""
+
+    model: nn.Module
+    stacks: tuple[Stack, ...]
+    sample: Mapping[str, Any]
+    _given: dict[str, Given] = field(default_factory=dict[str, Given])
+    _alike: dict[Any, dict[Kind, Units | str]] = field(default_factory=dict)
+    _found: dict[str, dict[Kind, Units | str]] = field(default_factory=dict)
+
+    def of(self, block: Block, branch: Branch) -> dict[Kind, Units | str]:
+        """Per kind: the certified units, their ties relative to the block, or why there are none."""
+        if branch.site.id not in self._found:
+            key = (_signature(self.model.get_submodule(block.path)), branch.core, branch.site.kind)
+            if key not in self._alike:
+                self._alike[key] = self._look(block, branch)
+            self._found[branch.site.id] = self._alike[key]
+        return self._found[branch.site.id]
+
+    def site(self, block: Block, branch: Branch, kind: Kind) -> Site | None:
+        """The site of the units of one kind."""
+        units = self.of(block, branch).get(kind)
+        if not isinstance(units, Units):
+            return None
+        return Site(f"{branch.site.id}.{kind.value}", kind, branch.site.path, branch.site.block, units.width)
+
+    def ties(self, block: Block, branch: Branch, kind: Kind) -> tuple[Tie, ...]:
+        """The ties of the units of one kind, with absolute names."""
+        units = self.of(block, branch)[kind]
+        assert isinstance(units, Units)
+        return tuple(replace(t, param=f"{block.path}.{t.param}") for t in units.ties)
+
+    def certify(self, block: Block, branch: Branch, kind: Kind, ties: tuple[Tie, ...] | None = None) -> UnitCertificate:
+        """Certify the units of this very block again, by default with the ties that were found."""
+        units = self.of(block, branch)[kind]
+        site = self.site(block, branch, kind)
+        assert isinstance(units, Units)
+        assert site is not None
+        if ties is not None:
+            own = tuple(replace(t, param=t.param.removeprefix(f"{block.path}.")) for t in ties)
+            units = replace(units, ties=own, outputs=tuple(t for t in own if t.param == units.outputs[0].param))
+        try:
+            with evaluating(self.model):
+                made = _certified(_rig(self.model.get_submodule(block.path), self.given(block)), units)
+        except NoUnits as reason:
+            raise CertificateError(str(reason), where=site.id) from None
+        return UnitCertificate(site, made.how, made.error, made.tested)
+
+    def given(self, block: Block) -> Given:
+        """What the block gets in a run of the model on the sample."""
+        if not self._given:
+            with evaluating(self.model):
+                self._given |= _given(self.model, self.stacks, self.sample)
+        return self._given[block.path]
+
+    def _look(self, block: Block, branch: Branch) -> dict[Kind, Units | str]:
+        wanted = KINDS.get(branch.site.kind, ())
+        module = self.model.get_submodule(block.path)
+        found: dict[Kind, Units | str] = dict.fromkeys(wanted, "")
+        for seed in SEEDS if wanted else ():
+            missing = [k for k, v in found.items() if isinstance(v, str)]
+            if missing:
+                try:
+                    with evaluating(self.model):
+                        made = _tried(_rig(module, self.given(block), seed), branch, module)
+                except (RuntimeError, ValueError, TypeError, KeyError) as error:
+                    made = dict.fromkeys(wanted, f"the block does not run on its own: {str(error)[:120]}")
+                found |= {k: made[k] for k in missing if not (found[k] and isinstance(made[k], str))}
+        return found
+
+
+def _rig(module: nn.Module, given: Given, seed: int = 0) -> Rig:
+    """The block in float64, or where its class can't do that, in float32."""
+    rig = Rig(module, given, seed)
+    try:
+        rig.run()
+    except (RuntimeError, TypeError, ValueError):
+        rig = Rig(module, given, seed, torch.float32)
+        rig.run()
+    return rig
+
+
+def _tried(rig: Rig, branch: Branch, module: nn.Module) -> dict[Kind, Units | str]:
+    names = [n for n, _ in branch.owned(module)]
+    found: dict[Kind, Units | str]
+    if branch.site.kind is Kind.MOE:
+        try:
+            found = {Kind.EXPERT: find_experts(rig, names)}
+        except NoUnits as reason:
+            found = {Kind.EXPERT: str(reason)}
+    else:
+        ran = rig.matrices(names)[::-1]
+        tails = list(dict.fromkeys([*([branch.tail] if branch.tail in ran else []), *ran[:3]]))
+        found = find(rig, branch.site.kind, tails, names)
+    for kind, units in found.items():
+        if isinstance(units, Units):
+            try:
+                found[kind] = _certified(rig, units)
+            except (NoUnits, RuntimeError, IndexError, KeyError) as reason:
+                found[kind] = str(reason)[:200]
+    return found
+
+
+def _certified(rig: Rig, units: Units) -> Units:
+    return certify_experts(rig, units) if units.kind is Kind.EXPERT else certify(rig, units)
+
+
+def _given(model: nn.Module, stacks: tuple[Stack, ...], sample: Mapping[str, Any]) -> dict[str, Given]:
+    """Block's path → what it gets when the model runs, the first time that it does."""
+    met: dict[str, Given] = {}
+    handles = []
+    for path in (b.path for k in stacks for b in k.blocks):
+
+        def note(module: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
+            met.setdefault(path, Given(args, kwargs))
+
+        handles.append(model.get_submodule(path).register_forward_pre_hook(note, with_kwargs=True))
+    try:
+        with torch.no_grad():
+            call(model, sample)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return met
+
+
+def _signature(block: nn.Module) -> tuple[Any, ...]:
+    """How a block is built: classes, shapes and settings of its modules, but for its own number."""
+    parts = []
+    for path, module in block.named_modules():
+        shapes = tuple((n, tuple(p.shape)) for n, p in module.named_parameters(recurse=False))
+        kept = sorted((k, v) for k, v in vars(module).items() if isinstance(v, bool | float | str | int))
+        parts.append((path, type(module), shapes, tuple(kv for kv in kept if kv[0] not in ("layer_idx", "layer_id"))))
+    return tuple(parts)
+
+
+class UnitSites:
+    """The part of an anatomy that knows units. Blocks and branches come from `stacks`, by the ids of their sites."""
+
+    model: nn.Module
+    stacks: tuple[Stack, ...]
+    sample: dict[str, Any]
+
+    def _units_of(self) -> UnitTable:
+        table = self.__dict__.get("_unit_table")
+        if table is None or table.model is not self.model:
+            table = self.__dict__["_unit_table"] = UnitTable(self.model, self.stacks, self.sample)
+        return table
+
+    def _placed(self, site_id: str) -> tuple[Block, Branch] | None:
+        places = {x.site.id: (b, x) for k in self.stacks for b in k.blocks for x in b.branches}
+        return places.get(site_id)
+
+    def units(self, site: Site | str, kind: Kind | None = None) -> tuple[Site, ...]:
+        """The certified units of a sublayer, or of all sublayers of a block (of one kind)."""
+        table, found = self._units_of(), []
+        for block, branch in self._within(site if isinstance(site, str) else site.id):
+            for one in KINDS.get(branch.site.kind, ()):
+                made = table.site(block, branch, one) if kind in (None, one) else None
+                found += [made] if made is not None else []
+        return tuple(found)
+
+    def refused_units(self, site: Site | str) -> dict[str, str]:
+        """Unit sites that a sublayer or block was looked at for and does not have → why not."""
+        table, found = self._units_of(), {}
+        for block, branch in self._within(site if isinstance(site, str) else site.id):
+            made = table.of(block, branch)
+            found |= {f"{branch.site.id}.{k.value}": v for k, v in made.items() if isinstance(v, str)}
+        return found
+
+    def certify_units(self, site: Site, ties: tuple[Tie, ...] | None = None) -> UnitCertificate:
+        """Certify units on their own block: zeroing equals masking and, where the class allows, cutting.
+
+        `ties`: others in the place of those that were found. Raises CertificateError with what is off.
+        """
+        placed = self._placed(site.id.rpartition(".")[0])
+        if placed is None:
+            raise InputError("no site of units", where=site.id)
+        return self._units_of().certify(*placed, site.kind, ties)
+
+    def unit_ties(self, site: Site) -> tuple[Tie, ...]:
+        """The slices that each unit of a site owns; a range that lies outside of its parameter is empty."""
+        placed = self._placed(site.id.rpartition(".")[0])
+        if placed is None or self._units_of().site(*placed, site.kind) != site:
+            raise InputError("the model has no such units", where=site.id, hint="ask units() of its sublayer")
+        return self._units_of().ties(*placed, site.kind)
+
+    def coverage(self) -> dict[str, tuple[str, ...]]:
+        """Every parameter's name → the sublayers that own it: one, or none where it is uncovered."""
+        owners: dict[int, list[str]] = {}
+        for block in (b for k in self.stacks for b in k.blocks):
+            module = self.model.get_submodule(block.path)
+            for branch in block.branches:
+                for parameter in {id(p): p for _, p in branch.owned(module)}.values():
+                    owners.setdefault(id(parameter), []).append(branch.site.id)
+        return {name: tuple(owners.get(id(p), ())) for name, p in self.model.named_parameters()}
+
+    def uncovered(self) -> dict[str, str]:
+        """Parameters that no sublayer owns → the block that holds them, or '' outside of all stacks.
+
+        Norms that several sublayers share, embeddings, the last norm, heads.
+        """
+        blocks = {b.path: b.site.id for k in self.stacks for b in k.blocks}
+        return {
+            name: next((site for path, site in blocks.items() if name.startswith(f"{path}.")), "")
+            for name, held in self.coverage().items()
+            if not held
+        }
+
+    def _within(self, site_id: str) -> list[tuple[Block, Branch]]:
+        placed = self._placed(site_id)
+        if placed is not None:
+            return [placed]
+        blocks = [b for k in self.stacks for b in k.blocks if b.site.id == site_id]
+        if not blocks:
+            raise InputError("the model has no such block or sublayer", where=site_id)
+        return [(b, x) for b in blocks for x in b.branches]

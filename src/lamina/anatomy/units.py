@@ -137,7 +137,8 @@ def _tried(rig: Rig, branch: Branch, module: nn.Module) -> dict[Kind, Units | st
             found = {Kind.EXPERT: str(reason)}
     else:
         ran = rig.matrices(names)[::-1]
-        tails = list(dict.fromkeys([*([branch.tail] if branch.tail in ran else []), *ran[:3]]))
+        tails = list(dict.fromkeys([*([branch.tail] if branch.tail in ran else []), *ran[:2]]))
+        tails = tails[:1] if branch.site.kind is Kind.MLP else tails  # what enters the first map is no neuron
         found = find(rig, branch.site.kind, tails, names)
     for kind, units in found.items():
         if isinstance(units, Units):

@@ -91,10 +91,10 @@ def _heads(rig: Rig, reach: Reach) -> dict[Kind, Units | str]:
 
 
 def closure(reach: Reach, column: int) -> frozenset[int]:
-    """The columns linked with one by rows that reach several of them, but not all."""
+    """The columns linked with one by rows that reach several of them, but not most (dead ones are not reached)."""
     part = frozenset([column])
     while True:
-        rows = {axis: reach.chosen(axis, met, lambda c: len(c) < reach.width) for axis, met in _rows(reach, part)}
+        rows = {axis: reach.chosen(axis, met, lambda c: 0 < len(c) <= reach.width / 2) for axis, met in _rows(reach, part)}
         rows = {axis: met for axis, met in rows.items() if met}
         wider = part | reach.columns(rows) if rows else part
         if wider == part:
@@ -121,7 +121,7 @@ def _head(reach: Reach) -> frozenset[int] | None:
 
 
 def _owned(reach: Reach, part: frozenset[int]) -> _Part:
-    rows = {axis: reach.chosen(axis, met, lambda c: c <= part) for axis, met in _rows(reach, part)}
+    rows = {axis: reach.chosen(axis, met, lambda c: bool(c) and c <= part) for axis, met in _rows(reach, part)}
     if len(part) == reach.width:
         rows = _outer(reach, rows)
     return _Part(tuple(sorted(part)), {axis: tuple(met) for axis, met in rows.items() if met})
@@ -168,8 +168,7 @@ def _units(rig: Rig, reach: Reach, kind: Kind, part: frozenset[int]) -> Units:
             taken |= near
             parts[unit] = _owned(reach, near)
     axes = sorted({a for p in parts.values() for a in p.rows})
-    held = {(n.rpartition(".")[0], rig.values[n].shape[d]) for n, d in axes if rig.values[n].ndim > 1 and d == 0}
-    axes = [a for a in axes if rig.values[a[0]].ndim > 1 or not _beside(rig, a[0], held)]
+    axes = [a for a in axes if rig.values[a[0]].ndim > 1 or not _beside(rig, a[0])]
     ties = [t for axis in axes for t in _ties(axis, parts, width)]
     if not ties:
         raise NoUnits(f"nothing upstream of {reach.tail} belongs to one unit alone")
@@ -193,30 +192,34 @@ def _ties(axis: Axis, parts: Mapping[int, _Part], width: int) -> list[Tie]:
     if len(set(map(len, rows.values()))) != 1:
         raise NoUnits(f"units own unequal parts of {name}")
     first = rows[0]
-    step = len(first) if width == 1 else rows[1][0] - first[0]
-    if any(tuple(r + i * step for r in first) != met for i, met in rows.items()):
+    steps = [len(first)] * len(first) if width == 1 else [b - a for a, b in zip(first, rows[1], strict=True)]
+    if any(tuple(r + i * step for r, step in zip(first, steps, strict=True)) != met for i, met in rows.items()):
         raise NoUnits(f"the rows of {name} are not in equal steps from unit to unit")
-    pieces = [first] if width == 1 else runs(first)
-    if step < 1 or any(len(run) % step for run in pieces):
-        raise NoUnits(f"the rows of {name} are strided")
-    return [Tie(name, dim, step, at) for run in pieces for at in range(run[0], run[-1] + 1, step)]
+    found = []
+    for step in dict.fromkeys(steps):
+        for run in runs([r for r, s in zip(first, steps, strict=True) if s == step]) if width > 1 else [list(first)]:
+            if step < 1 or len(run) % step:
+                raise NoUnits(f"the rows of {name} are strided")
+            found += [Tie(name, dim, step, at) for at in range(run[0], run[-1] + 1, step)]
+    return found
 
 
-def _beside(rig: Rig, name: str, held: set[tuple[str, int]]) -> bool:
-    """Whether a vector stands beside a matrix with tied rows, as long as these are many."""
-    return (name.rpartition(".")[0], rig.values[name].shape[0]) in held
+def _beside(rig: Rig, name: str) -> bool:
+    """Whether a vector stands beside a matrix, as long as one of its sides: its bias."""
+    where, length = name.rpartition(".")[0], rig.values[name].shape[0]
+    matrices = [v for n, v in rig.values.items() if n.rpartition(".")[0] == where and v.ndim > 1]
+    return any(length in m.shape for m in matrices)
 
 
 def _biases(rig: Rig, ties: Sequence[Tie], tail: str) -> list[Tie]:
-    """What stands beside tied rows and reaches nothing, such as the bias of keys: tied as the rows are."""
+    """Biases are tied as the rows of their matrices are: that of keys reaches nothing."""
     tied, found = {t.param for t in ties}, []
-    for name in (*rig.values, *rig.buffers):
+    for name, value in rig.values.items():
         where = name.rpartition(".")[0]
-        value: Tensor = rig.values[name] if name in rig.values else rig.buffers[name]
         if name in tied or where == tail or value.ndim != 1:
             continue
-        beside = [t for t in ties if t.param.rpartition(".")[0] == where and t.dim == 0]
-        found += [replace(t, param=name) for t in beside if rig.values[t.param].shape[0] == value.shape[0]]
+        beside = [t for t in ties if t.param.rpartition(".")[0] == where and rig.values[t.param].ndim > 1]
+        found += [replace(t, param=name, dim=0) for t in beside if rig.values[t.param].shape[t.dim] == len(value)]
     return found
 
 

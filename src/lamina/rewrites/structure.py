@@ -30,12 +30,12 @@ class Gone(nn.Module):
         self.stream, self.returns, self.joins, self.width = stream, tuple(map(tuple, returns)), joins, width
         self.keeps = tuple(keeps or ())
         for path, module in (keeps or {}).items():
-            *above, name = path.split(".")
+            above, _, name = path.rpartition(".")
             holder = self
-            for part in above:
-                if part not in holder._modules:
+            for part in above.split(".") if above else ():
+                if not hasattr(holder, part):
                     holder.add_module(part, nn.Module())
-                holder = holder._modules[part]
+                holder = holder.get_submodule(part)
             holder.add_module(name, module)
 
     def forward(self, *args, **kwargs):

@@ -37,7 +37,9 @@ SLICES: dict[tuple[str, str], set[tuple[str, int, int, int]]] = {
     ("llama", "attention.kv_group"): {
         ("q_proj.weight", 0, 16, 0), ("k_proj.weight", 0, 8, 0), ("v_proj.weight", 0, 8, 0), ("o_proj.weight", 1, 16, 0)
     },
-    ("llama", "mlp.neuron"): {("gate_proj.weight", 0, 1, 0), ("up_proj.weight", 0, 1, 0), ("down_proj.weight", 1, 1, 0)},
+    ("llama", "mlp.neuron"): {
+        ("gate_proj.weight", 0, 1, 0), ("up_proj.weight", 0, 1, 0), ("down_proj.weight", 1, 1, 0)
+    },
     ("gpt2", "attention.head"): {
         *(("c_attn.weight", 1, 8, start) for start in (0, 32, 64)),
         *(("c_attn.bias", 0, 8, start) for start in (0, 32, 64)),
@@ -135,6 +137,51 @@ def test_wrong_slices_are_found_out(name: str) -> None:
                     anatomy.certify_units(site, changed)
 
 
+CHANNELS: dict[str, set[tuple[str, int]]] = {
+    "gemma2": {
+        ("self_attn.q_proj.weight", 1), ("self_attn.k_proj.weight", 1), ("self_attn.v_proj.weight", 1),
+        ("self_attn.o_proj.weight", 0), ("mlp.gate_proj.weight", 1), ("mlp.up_proj.weight", 1),
+        ("mlp.down_proj.weight", 0), ("input_layernorm.weight", 0), ("post_attention_layernorm.weight", 0),
+        ("pre_feedforward_layernorm.weight", 0), ("post_feedforward_layernorm.weight", 0),
+    },
+    "gpt2": {
+        ("ln_1.weight", 0), ("ln_1.bias", 0), ("ln_2.weight", 0), ("ln_2.bias", 0), ("attn.c_attn.weight", 0),
+        ("attn.c_proj.weight", 1), ("attn.c_proj.bias", 0), ("mlp.c_fc.weight", 0), ("mlp.c_proj.weight", 1),
+        ("mlp.c_proj.bias", 0),
+    },
+    "mixtral": {
+        ("self_attn.q_proj.weight", 1), ("self_attn.k_proj.weight", 1), ("self_attn.v_proj.weight", 1),
+        ("self_attn.o_proj.weight", 0), ("mlp.gate.weight", 1), ("mlp.experts.gate_up_proj", 2),
+        ("mlp.experts.down_proj", 1), ("input_layernorm.weight", 0), ("post_attention_layernorm.weight", 0),
+    },
+}  # fmt: skip
+OUTER = {
+    "gemma2": {("model.embed_tokens.weight", 1), ("model.norm.weight", 0)},
+    "gpt2": {
+        ("transformer.wte.weight", 1), ("transformer.wpe.weight", 1), ("transformer.ln_f.weight", 0),
+        ("transformer.ln_f.bias", 0),
+    },
+    "mixtral": {("model.embed_tokens.weight", 1), ("model.norm.weight", 0), ("lm_head.weight", 1)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANNELS)
+def test_channels(name: str) -> None:
+    anatomy = found(name)
+    site = anatomy.channels(anatomy.stacks[0])
+    assert site is not None
+    assert (site.id, site.kind, site.width, site.block) == ("channel", Kind.CHANNEL, 32, None)
+    expected = {(f"{b.path}.{end}", dim) for b in anatomy.stacks[0].blocks for end, dim in CHANNELS[name]}
+    assert {(t.param, t.dim) for t in anatomy.ties(site)} == expected | OUTER[name]
+    assert {(t.size, t.start) for t in anatomy.ties(site)} == {(1, 0)}
+
+
+def test_norms_of_the_stream_itself_mix_its_channels() -> None:
+    anatomy = found("zoo bert")
+    assert anatomy.channels(anatomy.stacks[0]) is None
+    assert anatomy.refused_channels(anatomy.stacks[0])
+
+
 def test_experts_of_others_are_found_out() -> None:
     anatomy = found("mixtral")
     site = units("mixtral")["moe.expert"]
@@ -184,5 +231,8 @@ def test_smollm2() -> None:
     anatomy = Anatomy.of(load("smollm2-135m", dtype="float32").model)
     found_units = {s.id: s.width for s in anatomy.units("block.7")}
     assert found_units == {"block.7.attention.head": 9, "block.7.attention.kv_group": 3, "block.7.mlp.neuron": 1536}
+    stream = anatomy.channels(anatomy.stacks[0])
+    assert stream is not None
+    assert (stream.width, len(anatomy.ties(stream))) == (576, 30 * 9 + 2)
     for site in anatomy.units("block.7"):
         assert anatomy.certify_units(site).how == "cut"

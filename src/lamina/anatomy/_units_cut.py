@@ -90,8 +90,8 @@ def certify(rig: Rig, units: Units) -> Units:
     for chosen in looked_at(units):
         due = rig.run(filled(rig, units.outputs, chosen))
         effect = float((due - clean).norm())
-        if not effect > 0:
-            raise NoUnits(f"unit {chosen[0]} adds nothing to the block's output, whatever its numbers")
+        if not effect > 0:  # a neuron that no token wakes
+            continue
         others = {
             "all its slices are zero": rig.run(filled(rig, units.ties, chosen)),
             "its input is masked": rig.masked(units.tail, _columns(rig, units, chosen)),
@@ -106,6 +106,8 @@ def certify(rig: Rig, units: Units) -> Units:
             error = cut(rig, units, chosen, due, effect)
             how, worst = ("mask", worst) if error is None else ("cut", max(worst, error))
         tested += chosen
+    if not tested:
+        raise NoUnits("no unit that was tried adds anything to the block's output")
     if units.width == 1:
         how = "mask"
     return replace(units, how=how, error=worst, tested=tuple(sorted(tested)))
@@ -202,4 +204,3 @@ class _Set:
 
 def _number(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 1
-

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
 
 from lamina.anatomy._units_probe import Axis, Reach, Rig, runs
 from lamina.core.sites import Kind, Tie
@@ -23,8 +22,8 @@ class NoUnits(Exception):
 class Units:
     """The units of one branch: `ties` name parameters of the block; `outputs` are those among them that silence.
 
-    `tail` is the map whose input columns the units are ('' for experts). Heads come `group` to a KV head, and a KV group
-    has `inner` heads. `how` they were certified: by cutting ("cut"), or by masking alone ("mask").
+    `tail` is the map whose input columns the units are ('' for experts). Heads come `group` to a KV head,
+    a KV group has `inner` heads. `how` they were certified: by cutting ("cut"), or by masking alone ("mask").
     """
 
     kind: Kind
@@ -92,9 +91,9 @@ def _heads(rig: Rig, reach: Reach) -> dict[Kind, Units | str]:
 
 def closure(reach: Reach, column: int) -> frozenset[int]:
     """The columns linked with one by rows that reach several of them, but not most (dead ones are not reached)."""
-    part = frozenset([column])
+    part, half = frozenset([column]), reach.width / 2
     while True:
-        rows = {axis: reach.chosen(axis, met, lambda c: 0 < len(c) <= reach.width / 2) for axis, met in _rows(reach, part)}
+        rows = {axis: reach.chosen(axis, met, lambda c: 0 < len(c) <= half) for axis, met in _rows(reach, part)}
         rows = {axis: met for axis, met in rows.items() if met}
         wider = part | reach.columns(rows) if rows else part
         if wider == part:
@@ -166,7 +165,9 @@ def _units(rig: Rig, reach: Reach, kind: Kind, part: frozenset[int]) -> Units:
             if len(near) != size or near & taken:
                 raise NoUnits(f"the parts of {reach.tail}'s input are not equal: {size} and {len(near)} columns")
             taken |= near
-            parts[unit] = _owned(reach, near)
+            made = _owned(reach, near)
+            if made.rows or unit == 1:  # a neuron that no token of the sample wakes shows nothing
+                parts[unit] = made
     axes = sorted({a for p in parts.values() for a in p.rows})
     axes = [a for a in axes if rig.values[a[0]].ndim > 1 or not _beside(rig, a[0])]
     ties = [t for axis in axes for t in _ties(axis, parts, width)]

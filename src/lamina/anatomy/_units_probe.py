@@ -18,6 +18,7 @@ from lamina.anatomy.trace import first_tensor
 Axis = tuple[str, int]
 """A parameter's name in the block, and one of its dimensions."""
 
+
 @dataclass(frozen=True, eq=False)
 class Given:
     """What a block got in a run of the whole model."""

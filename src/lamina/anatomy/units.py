@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lamina.anatomy._units_channels import Channels, block_channels, outer_channels, placed
 from lamina.anatomy._units_cut import certify
 from lamina.anatomy._units_experts import certify_experts, find_experts
 from lamina.anatomy._units_find import NoUnits, Units, find
@@ -25,7 +26,7 @@ KINDS: dict[Kind, tuple[Kind, ...]] = {
     Kind.MOE: (Kind.EXPERT,),
 }
 """Kind of branch → kinds of its units."""
-UNITS = frozenset(k for kinds in KINDS.values() for k in kinds)
+UNITS = frozenset(k for kinds in KINDS.values() for k in kinds) | {Kind.CHANNEL}
 """The kinds of units."""
 SEEDS = (0, 1, 2)
 """Of the numbers that blocks are filled with, in turn, where some leave a unit without effect."""
@@ -54,6 +55,7 @@ class UnitTable:
     _given: dict[str, Given] = field(default_factory=dict[str, Given])
     _alike: dict[Any, dict[Kind, Units | str]] = field(default_factory=dict)
     _found: dict[str, dict[Kind, Units | str]] = field(default_factory=dict)
+    _streams: dict[str, Channels | str] = field(default_factory=dict)
 
     def of(self, block: Block, branch: Branch) -> dict[Kind, Units | str]:
         """Per kind: the certified units, their ties relative to the block, or why there are none."""
@@ -92,6 +94,28 @@ class UnitTable:
         except NoUnits as reason:
             raise CertificateError(str(reason), where=site.id) from None
         return UnitCertificate(site, made.how, made.error, made.tested)
+
+    def channels(self, stack: Stack) -> Channels | str:
+        """The channels of a stack's stream, with absolute names, or why they can't be told."""
+        if stack.path not in self._streams:
+            try:
+                with evaluating(self.model):
+                    self._streams[stack.path] = self._channels(stack)
+            except (NoUnits, RuntimeError, TypeError, ValueError, IndexError, AssertionError) as reason:
+                self._streams[stack.path] = str(reason)[:200]
+        return self._streams[stack.path]
+
+    def _channels(self, stack: Stack) -> Channels:
+        found: list[Channels] = []
+        alike: dict[Any, Channels] = {}
+        for block in stack.blocks:
+            module = self.model.get_submodule(block.path)
+            key = _signature(module)
+            if key not in alike:
+                alike[key] = block_channels(_rig(module, self.given(block)), block, stack.width)
+            found.append(placed(alike[key], block))
+        found.append(outer_channels(self.model, stack, self.sample, stack.width))
+        return Channels(*(tuple(t for c in found for t in getattr(c, k)) for k in ("reads", "writes", "scales")))
 
     def given(self, block: Block) -> Given:
         """What the block gets in a run of the model on the sample."""
@@ -137,7 +161,7 @@ def _tried(rig: Rig, branch: Branch, module: nn.Module) -> dict[Kind, Units | st
             found = {Kind.EXPERT: str(reason)}
     else:
         ran = rig.matrices(names)[::-1]
-        tails = list(dict.fromkeys([*([branch.tail] if branch.tail in ran else []), *ran[:2]]))
+        tails = [*([branch.tail] if branch.tail in ran else []), *(p for p in ran[:2] if p != branch.tail)]
         tails = tails[:1] if branch.site.kind is Kind.MLP else tails  # what enters the first map is no neuron
         found = find(rig, branch.site.kind, tails, names)
     for kind, units in found.items():
@@ -221,17 +245,33 @@ class UnitSites:
 
         `ties`: others in the place of those that were found. Raises CertificateError with what is off.
         """
-        placed = self._placed(site.id.rpartition(".")[0])
-        if placed is None:
+        place = self._placed(site.id.rpartition(".")[0])
+        if place is None:
             raise InputError("no site of units", where=site.id)
-        return self._units_of().certify(*placed, site.kind, ties)
+        return self._units_of().certify(*place, site.kind, ties)
 
     def unit_ties(self, site: Site) -> tuple[Tie, ...]:
         """The slices that each unit of a site owns; a range that lies outside of its parameter is empty."""
-        placed = self._placed(site.id.rpartition(".")[0])
-        if placed is None or self._units_of().site(*placed, site.kind) != site:
+        for stack in self.stacks if site.kind is Kind.CHANNEL else ():
+            found = self._units_of().channels(stack)
+            if isinstance(found, Channels) and site == self.channels(stack):
+                return found.ties
+        place = self._placed(site.id.rpartition(".")[0])
+        if place is None or self._units_of().site(*place, site.kind) != site:
             raise InputError("the model has no such units", where=site.id, hint="ask units() of its sublayer")
-        return self._units_of().ties(*placed, site.kind)
+        return self._units_of().ties(*place, site.kind)
+
+    def channels(self, stack: Stack) -> Site | None:
+        """The channels of a stack's stream as units, None where they can't be told (`refused_channels` says why)."""
+        if not isinstance(self._units_of().channels(stack), Channels):
+            return None
+        site = ".".join(x for x in (stack.name, Kind.CHANNEL.value) if x)
+        return Site(site, Kind.CHANNEL, stack.path, None, stack.width)
+
+    def refused_channels(self, stack: Stack) -> str:
+        """Why a stack's stream has no channels that were certified; '' where it has."""
+        found = self._units_of().channels(stack)
+        return found if isinstance(found, str) else ""
 
     def coverage(self) -> dict[str, tuple[str, ...]]:
         """Every parameter's name → the sublayers that own it: one, or none where it is uncovered."""
@@ -256,9 +296,9 @@ class UnitSites:
         }
 
     def _within(self, site_id: str) -> list[tuple[Block, Branch]]:
-        placed = self._placed(site_id)
-        if placed is not None:
-            return [placed]
+        place = self._placed(site_id)
+        if place is not None:
+            return [place]
         blocks = [b for k in self.stacks for b in k.blocks if b.site.id == site_id]
         if not blocks:
             raise InputError("the model has no such block or sublayer", where=site_id)

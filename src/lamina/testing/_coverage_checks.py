@@ -229,12 +229,15 @@ class _Trials:
 
 
 def reload(cases: Sequence[Case]) -> list[Any]:
-    """The contract of each case: its evidence, or the error. Where the fresh process crashes, each gets its own."""
-    with quiet():
-        found = contracts([_contract(c) for c in cases], timeout=STARTING + LOADING * len(cases))
-        crashed = all(isinstance(f, ReloadError) and CRASHED in f.what for f in found)
-        if crashed and len(cases) > 1:
-            return [outcome for case in cases for outcome in reload([case])]
+    """The contract of each case: its evidence, or the error. Where one ends that of all, each gets its own process."""
+    try:
+        with quiet():
+            found = contracts([_contract(c) for c in cases], timeout=STARTING + LOADING * len(cases))
+    except Exception as error:
+        found = [error] * len(cases)
+    crashed = all(not isinstance(f, ReloadError) or CRASHED in f.what for f in found if isinstance(f, Exception))
+    if crashed and len(cases) > 1 and isinstance(found[0], Exception):
+        return [outcome for case in cases for outcome in reload([case])]
     return found
 
 

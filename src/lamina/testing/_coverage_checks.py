@@ -235,8 +235,8 @@ def reload(cases: Sequence[Case]) -> list[Any]:
             found = contracts([_contract(c) for c in cases], timeout=STARTING + LOADING * len(cases))
     except Exception as error:
         found = [error] * len(cases)
-    crashed = all(not isinstance(f, ReloadError) or CRASHED in f.what for f in found if isinstance(f, Exception))
-    if crashed and len(cases) > 1 and isinstance(found[0], Exception):
+    ended = all(isinstance(f, Exception) and (not isinstance(f, ReloadError) or CRASHED in f.what) for f in found)
+    if ended and len(cases) > 1:
         return [outcome for case in cases for outcome in reload([case])]
     return found
 

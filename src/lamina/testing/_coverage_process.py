@@ -88,7 +88,7 @@ class Process:
             with contextlib.suppress(BrokenPipeError):
                 process.stdin.close()
         try:
-            code = process.wait(2)
+            code = process.wait(60)
         except subprocess.TimeoutExpired:
             process.kill()
             code = process.wait()

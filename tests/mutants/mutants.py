@@ -158,17 +158,16 @@ MUTANTS = (
     mutant(
         "the norm of a dropped sublayer left in",
         "rewrites/structure.py",
-        '        for path in branch["own"]:\n'
-        "            block.set_submodule(path, nn.Identity().train(block.training))\n",
-        "",
+        "            block.set_submodule(path, gone.train(block.training))\n",
+        "            pass\n",
         "rewrite-drop-forecast_is_the_fact",
         "tests/rewrites/test_structure.py::test_a_dropped_sublayer_costs_nothing",
     ),
     mutant(
         "a norm that two branches share goes with one",
         "anatomy/branches.py",
-        "own = [c for c in serving if c.path not in foreign]",
-        "own = serving",
+        "if any(n in mine for n in nodes) and c.path not in foreign}",
+        "if any(n in mine for n in nodes)}",
         "tests/anatomy/test_discovery.py::test_every_architecture[phi]",
         "tests/anatomy/test_trial.py::test_ablated_equals_silent_by_weights[cohere]",
     ),
@@ -220,9 +219,9 @@ MUTANTS = (
     ),
     mutant(
         "a dropped branch still listed as a site",
-        "anatomy/branches.py",
-        "leaves = [leaf for leaf in joins.leaves if unscaled(leaf.node)[-1][0].op not in ZEROS]",
-        "leaves = joins.leaves",
+        "anatomy/joins.py",
+        "found = [leaf for join in self.joins for leaf in join.leaves if unscaled(leaf.node)[-1][0].op not in ZEROS]",
+        "found = [leaf for join in self.joins for leaf in join.leaves]",
         "rewrite-drop-twice_applied",
     ),
     mutant(

@@ -162,10 +162,15 @@ def _holder(path: str, chains: Mapping[str, list[Seen]]) -> str:
 
 def _is_chain(calls: list[Seen]) -> bool:
     once = len({c.path for c in calls}) == len(calls)
-    kinds = Counter(type(c.module) for c in calls)
+    kinds = Counter(type(m) for c in calls for m in _opened(c.module))
     repeated = len(calls) == 1 or max(kinds.values()) > 1
     whole = all(list(c.module.children()) for c in calls)
     return once and repeated and whole and (linked(calls) or _alike(calls, kinds))
+
+
+def _opened(module: nn.Module) -> list[nn.Module]:
+    """The elements of a group of blocks, or the block itself."""
+    return list(module) if isinstance(module, nn.ModuleList | nn.Sequential) else [module]
 
 
 def linked(calls: list[Seen]) -> bool:

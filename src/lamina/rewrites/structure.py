@@ -10,6 +10,7 @@ import copy
 import importlib
 from pathlib import Path
 
+import torch
 import transformers
 from torch import nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
@@ -42,7 +43,9 @@ class Gone(nn.Module):
         """Zeros shaped like the tokens, in the structure that the core returned."""
         tokens = args[self.stream] if isinstance(self.stream, int) else kwargs[self.stream]
         width = tokens.shape[-1] if self.width is None else self.width
-        out = tokens if self.joins else tokens.new_zeros((*tokens.shape[:-1], width))
+        out = (
+            tokens if self.joins else torch.zeros((*tokens.shape[:-1], width), dtype=tokens.dtype, device=tokens.device)
+        )
         for path in self.keeps:
             out = self.get_submodule(path)(out)
         for index, arity, *form in reversed(self.returns):

@@ -49,6 +49,9 @@ test-slow: dev ## the tests that take minutes
 	$(SAY) "running the slow tests"
 	@$(BIN)/python -m pytest -m slow -n $(JOBS) --dist loadfile $(PYTEST_ARGS) || { code=$$?; [ $$code -eq 5 ] || exit $$code; }
 
+test-coverage: dev ## every model type of every library, the better part of an hour
+	@$(BIN)/python -m pytest -m coverage $(PYTEST_ARGS)
+
 test-all: test test-slow ## all tests
 
 lint: dev ## ruff, pyright (strict on core), the direction of imports

@@ -369,7 +369,7 @@ def examined() -> dict[int, list[Row]]:
     return {}
 
 
-@pytest.mark.slow
+@pytest.mark.coverage
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("shard", range(1, SHARDS + 1))
 def test_every_type_has_an_answer(examined: dict[int, list[Row]], shard: int) -> None:
@@ -380,7 +380,7 @@ def test_every_type_has_an_answer(examined: dict[int, list[Row]], shard: int) ->
     examined[shard] = rows
 
 
-@pytest.mark.slow
+@pytest.mark.coverage
 @pytest.mark.parametrize("group", FLOORS)
 def test_no_less_is_covered_than_before(examined: dict[int, list[Row]], group: str) -> None:
     if len(examined) < SHARDS:

@@ -142,7 +142,7 @@ def test_data_names_known_classes_of_diffusers() -> None:
         assert set(entry.get("args", {})) <= set(known), name
 
 
-@pytest.mark.slow
+@pytest.mark.coverage
 @pytest.mark.timeout(1800)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("library", zoo.LIBRARIES)

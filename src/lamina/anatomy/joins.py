@@ -81,6 +81,15 @@ def light(module: nn.Module) -> bool:
     return not any(p.ndim > 1 and p.numel() > max(p.shape) for p in module.parameters())
 
 
+def void(node: Node) -> bool:
+    """Whether a node is zeros made from nothing, or those moved and scaled."""
+    if node.op in ZEROS:
+        return True
+    if node.op in PASSES or node.op in MOVES:
+        return bool(node.inputs) and void(node.inputs[0])
+    return node.op in SCALES and "mul" in str(node.op) and any(map(void, node.inputs))
+
+
 class StreamError(CertificateError):
     """No stream runs through a block at all."""
 
@@ -111,7 +120,7 @@ class Joins:
     @property
     def leaves(self) -> list[Leaf]:
         """All that joins, in the order of making."""
-        found = [leaf for join in self.joins for leaf in join.leaves if unscaled(leaf.node)[-1][0].op not in ZEROS]
+        found = [leaf for join in self.joins for leaf in join.leaves if not void(leaf.node)]
         return sorted(found, key=lambda leaf: (self.streams[leaf.point.order], leaf.node.order))
 
     def carries(self, node: Node, *, turning: bool = True) -> bool:
@@ -193,6 +202,8 @@ class Joins:
             passed.append(node)
             if node.op in PASSES and node.order not in self.makers:
                 node = node.inputs[0]
+            elif node.op in ADDS and (stream := _alone(node)):
+                node = stream
             elif node.op in ADDS and node.order not in self.makers and sum(map(self.moved, node.inputs)) > 1:
                 self._close(turns)
                 node = self._join(node)
@@ -243,6 +254,12 @@ class Joins:
         for node in self._passed:
             place += node.order in points
             self.streams[node.order] = place
+
+
+def _alone(node: Node) -> Node | None:
+    """What a sum adds nothing to."""
+    kept = [n for n in node.inputs if not void(n)]
+    return kept[0] if len(kept) == 1 < len(node.inputs) else None
 
 
 def _still(value: Any) -> Any:

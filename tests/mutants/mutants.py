@@ -54,7 +54,7 @@ MUTANTS = (
     mutant(
         "layer_idx not renumbered",
         "rewrites/structure.py",
-        '    _renumber(layers, step["index"])\n',
+        '    _renumber(layers, step["index"], step.get("first", ()))\n',
         "",
         "rewrite-drop-cached_decoding_is_the_full_forward",
         "tests/rewrites/test_structure.py::test_cache_numbers_count_what_remains[llama]",
@@ -70,14 +70,14 @@ MUTANTS = (
     mutant(
         "a stale count of layers in the config",
         "rewrites/structure.py",
-        'edit(model.get_submodule(step["owner"]).config, step["config"], after=True)',
-        'edit(model.get_submodule(step["owner"]).config, step["config"], after=False)',
+        'edit(_owned(model.config, step), step["config"], after=True)',
+        'edit(_owned(model.config, step), step["config"], after=False)',
         "tests/rewrites/test_structure.py::test_cache_numbers_count_what_remains[llama]",
     ),
     mutant(
         "an attention gone still has its cache entry",
         "rewrites/structure.py",
-        "    if not cached or all(holds_cache(b, cached) for b in blocks):\n",
+        "    if all(counted):\n",
         "    if True:\n",
         "rewrite-drop-cached_decoding_is_the_full_forward",
     ),

@@ -226,4 +226,4 @@ def test_the_file_that_travels_needs_torch_and_transformers_alone() -> None:
     tree = ast.parse(structure.source())
     roots = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
     roots |= {str(n.module).split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
-    assert roots <= {"copy", "importlib", "pathlib", "torch", "transformers"}
+    assert roots <= {"copy", "importlib", "json", "pathlib", "torch", "transformers"}

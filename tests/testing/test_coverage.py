@@ -15,9 +15,12 @@ from tiny_run import refused
 from torch import Tensor, nn
 
 from lamina.anatomy import Anatomy, Block, Stack
-from lamina.core.errors import CertificateError, InputError
+from lamina.core.documents import Evidence
+from lamina.core.errors import CertificateError, InputError, ReloadError
+from lamina.lab.load import load
+from lamina.terminal import number
 from lamina.testing import _coverage_process, coverage, zoo
-from lamina.testing._coverage_checks import YES, examine, no
+from lamina.testing._coverage_checks import GENERATES, YES, Case, examine, judged, no, reload
 from lamina.testing._coverage_page import FOLLOWS, GROUPS, share
 from lamina.testing._coverage_reference import expect_equal, handed_on, masked, outputs, repeats
 from lamina.testing.coverage import CELLS, Row
@@ -88,8 +91,8 @@ def test_the_page_says_it_all(rows: dict[str, Row], tmp_path: Path) -> None:
 def test_parts_put_together_are_the_whole(rows: dict[str, Row], tmp_path: Path) -> None:
     versions = coverage.versions(rows.values())
     halves = [tmp_path / "1.json", tmp_path / "2.json"]
-    for number, path in enumerate(halves):
-        coverage.write(list(rows.values())[number::2], path, versions)
+    for start, path in enumerate(halves):
+        coverage.write(list(rows.values())[start::2], path, versions)
     assert coverage.read(halves) == ([rows[n] for n in sorted(rows)], versions)
     coverage.write([replace(rows["gpt2"], note="anew")], tmp_path / "3.json", versions)
     assert [r.note for r in coverage.read([*halves, tmp_path / "3.json"])[0] if r.name == "gpt2"] == ["anew"]
@@ -243,6 +246,51 @@ def test_reasons_are_short_and_name_no_places() -> None:
     assert len(no("x" * 500)) == len("no: ") + 160
 
 
+# ---------------------------------------------------------------- the contract's answers
+
+
+def case(name: str, part: str = "block") -> Case:
+    model = nn.Identity()
+    return Case(part, name, Path(name), model, {}, model)
+
+
+def kept(*names: str, high: float | None = 1.0) -> tuple[Evidence, ...]:
+    return tuple(Evidence(name=n, value=0.0, of="contract", high=high, n=1, how="as told") for n in names)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no"), ReloadError("the fresh process was killed by signal 9")])
+def test_one_that_ends_all_is_told_alone(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def contracts(cases: Sequence[Any], **_: Any) -> list[Any]:
+        if any(folder.name == "bad" for folder, *_ in cases):
+            if isinstance(error, ReloadError):
+                return [error] * len(cases)
+            raise error
+        return ["kept"] * len(cases)
+
+    monkeypatch.setattr("lamina.testing._coverage_checks.contracts", contracts)
+    assert reload([case("a"), case("bad"), case("b")]) == ["kept", error, "kept"]
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "cells"),
+    [
+        ([kept(*GENERATES), kept(*GENERATES)], (YES, YES, YES, "")),
+        ([kept("reload_logits"), kept("reload_logits")], (YES, YES, "n/a", "")),
+        ([kept(*GENERATES), ReloadError("x differs")], (YES, "no: b: x differs", "no: b: x differs", "")),
+        ([kept("reload_cache", high=None)] * 2, (YES, YES, "n/a", "not asked, since the dense model fails: cached")),
+        (
+            [kept("reload_cache") + kept("reload_padding", high=None)] * 2,
+            (YES, YES, YES, "not asked, since the dense model fails: a left-padded batch against its rows"),
+        ),
+    ],
+)
+def test_cells_from_the_contract(outcomes: list[Any], cells: tuple[str, str, str, str]) -> None:
+    found = dict(judged([case("a"), case("b", "sublayer")], outcomes))
+    assert (found["block_reloaded"], found["sublayer_reloaded"], found["generates"]) == cells[:3]
+    assert found["aside"].startswith(cells[3])
+    assert bool(found["aside"]) == bool(cells[3])
+
+
 # ---------------------------------------------------------------- the worker's end
 
 
@@ -336,6 +384,28 @@ def test_the_command_examines_and_puts_together(lamina: Any, monkeypatch: pytest
     whole = (tmp_path / "coverage.md").read_text(encoding="utf-8")
     assert lamina("anatomy", *types, "--out", "at-once.md")[0] == 0
     assert (tmp_path / "at-once.md").read_text(encoding="utf-8") == whole
+
+
+def test_the_tree_of_a_model(lamina: Any, bench: Path) -> None:
+    """A line for each block and below it one for each sublayer, with what they cost."""
+    code, out, err = lamina("anatomy", bench / "model", "--certify")
+    assert (code, err) == (0, "")
+    lines = [line.split() for line in out.splitlines()]
+    assert "stack model.layers: 4 blocks of width 32" in [" ".join(line) for line in lines]
+    anatomy = Anatomy.of(load(bench / "model").model)
+    for site in anatomy.sites:
+        (line,) = [line for line in lines if site.id in line]
+        cost, whole = anatomy.cost(site), anatomy.total().parameters
+        costs = [number(cost.parameters), f"{cost.parameters / whole:.1%}", number(cost.macs)]
+        start = line.index(site.id)
+        assert line[start + 2 : start + 5] == costs
+        assert line[start + 5 : start + 6] == ([str(cost.kv_bytes)] if cost.kv_bytes else [])
+        if site.block is not None and site.id == f"block.{site.block}":
+            assert line[1] == site.path
+            assert float(line[-1]) <= 1e-2
+        else:
+            assert line[0] in "├└"
+            assert site.path.endswith(f".{line[2]}")
 
 
 @pytest.mark.parametrize(

@@ -235,10 +235,11 @@ def _stack(model: nn.Module, name: str, path: str, chain: list[Seen]) -> Stack:
         if block.plain and not any(x.way for x in block.branches):
             known[signature] = block
         blocks.append(block)
-    index = index_attributes([s.module for s in chain])
+    elements = [n for n, _ in model.get_submodule(path).named_children()]
+    places = [elements.index(s.path.removeprefix(f"{path}.").split(".")[0]) for s in chain]
+    index = index_attributes([s.module for s in chain], places)
     marked = tuple(_mark_cached(b, index) for b in blocks)
-    depth = sum(any(x.cached for x in b.branches) for b in marked) or len(marked)
-    owner = owner_of(model, path, depth)
+    owner = owner_of(model, path, len(elements))
     return Stack(name, path, marked, owner, index, int(first_width(chain)), linked(chain))
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import gc
 import hashlib
+import importlib
 import inspect
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,10 @@ SINGLES = 8
 """Tokens that are decoded one by one."""
 SHORTER = 3
 """By how many tokens each row of the padded batch is shorter than the one before."""
+CACHES = ("past_key_values", "cache_params", "mems", "state", "rnn_state", "past_buckets_states")
+"""Names of outputs that are a cache."""
+MARKS = ("_token_id", "_token_index")
+"""How config fields end that name the marks of pictures and sounds in a text."""
 
 
 @contextlib.contextmanager
@@ -58,9 +63,79 @@ def _narrow(tensor: Tensor) -> bool:
     return tensor.dtype in (torch.float16, torch.bfloat16)
 
 
+def whole(model: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
+    """One forward on all the inputs without a cache; what is drawn at random is the same every time."""
+    torch.manual_seed(0)
+    extra = {"use_cache": False} if "use_cache" not in inputs and _caches(model) else {}
+    return model(**inputs, **extra)
+
+
+def _caches(model: Any) -> bool:
+    """Whether a forward takes `use_cache`: by name, or handed on to an inner model."""
+    named = inspect.signature(model.forward).parameters
+    handed = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in named.values())
+    return "use_cache" in named or (handed and any("use_cache" in vars(c) for c in configs(model.config)))
+
+
+def configs(config: Any) -> Iterator[Any]:
+    """The config and those inside it, at any depth."""
+    yield config
+    for inner in vars(config).values():
+        if hasattr(inner, "to_dict") and hasattr(inner, "model_type"):
+            yield from configs(inner)
+
+
+def tensors(out: Any, path: str = "out") -> dict[str, Tensor]:
+    """The tensors of an output by name, caches left out."""
+    if isinstance(out, Tensor):
+        return {path: out}
+    if isinstance(out, Mapping):
+        pairs = list(out.items())
+    elif isinstance(out, list | tuple):
+        pairs = list(enumerate(out))
+    else:
+        pairs = list(vars(out).items()) if hasattr(type(out), "__dataclass_fields__") else []
+    kept = [(k, v) for k, v in pairs if not str(k).startswith(CACHES)]
+    return {name: t for k, v in kept for name, t in tensors(v, f"{path}.{k}").items()}
+
+
+def checks(model: Any, inputs: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """The checks of decoding that the model's kind allows: none for one that does not generate."""
+    if not (hasattr(model, "generate") and model.can_generate()):
+        return ()
+    if both(model):
+        return ("reload_cache",) if "decoder_input_ids" in inputs else ()
+    return ("reload_cache", "reload_padding", "reload_generate") if text(model, inputs) is not None else ()
+
+
+def both(model: Any) -> bool:
+    """Whether the model has an encoder and a decoder, each with its inputs."""
+    return bool(model.config.is_encoder_decoder) or "decoder_input_ids" in inspect.signature(model.forward).parameters
+
+
+def text(model: Any, inputs: Mapping[str, Tensor]) -> Tensor | None:
+    """Token ids [batch, tokens] to decode by themselves, without the marks of pictures and sounds; None where none."""
+    ids = inputs.get("input_ids")
+    if ids is None or ids.ndim != 2 or ids.is_floating_point():
+        return None
+    if set(inputs) - {"input_ids", "attention_mask"}:
+        marks = [v for c in configs(model.config) for k, v in vars(c).items() if k.endswith(MARKS) and type(v) is int]
+        ids = ids[:, ~torch.isin(ids, torch.tensor(marks, device=ids.device)).any(0)]
+    return ids if ids.shape[1] > 1 else None
+
+
+def measure(check: str, model: Any, inputs: Mapping[str, Tensor]) -> tuple[float, float]:
+    """Largest difference of logits that the check finds, and the largest logit."""
+    if check == "reload_cache" and both(model):
+        return _decoded(model, inputs)
+    ids = text(model, inputs)
+    assert ids is not None
+    return cached(model, ids) if check == "reload_cache" else padded(model, ids)
+
+
 def full(model: nn.Module, ids: Tensor, **extra: Any) -> Tensor:
     """Logits [batch, tokens, vocabulary] of one forward without a cache."""
-    return model(input_ids=ids, use_cache=False, **extra).logits
+    return whole(model, {"input_ids": ids, **extra}).logits
 
 
 def cached(model: Any, ids: Tensor) -> tuple[float, float]:
@@ -71,16 +146,39 @@ def cached(model: Any, ids: Tensor) -> tuple[float, float]:
     """
     start = max(1, ids.shape[1] - SINGLES)
     out = model(input_ids=ids[:, :start], use_cache=True)
-    cache = getattr(out, "past_key_values", None)
-    if cache is None:
+    if getattr(out, "past_key_values", None) is None:
         return _generated(model, ids, start)
-    whole = full(model, ids)
-    apart = _apart(whole[:, :start], out.logits)
-    for place in range(start, ids.shape[1]):
-        out = model(input_ids=ids[:, place : place + 1], past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
-        apart = max(apart, _apart(whole[:, place : place + 1], out.logits))
-    return apart, float(whole.abs().max())
+
+    def step(place: int, cache: Any) -> Any:
+        return model(input_ids=ids[:, place : place + 1], past_key_values=cache, use_cache=True)
+
+    return _stepwise(out, full(model, ids), start, step)
+
+
+def _decoded(model: Any, inputs: Mapping[str, Tensor]) -> tuple[float, float]:
+    """The same for the decoder's ids, the encoder run once."""
+    from transformers.modeling_outputs import BaseModelOutput
+
+    ids = inputs["decoder_input_ids"]
+    start = max(1, ids.shape[-1] - SINGLES)
+    out = model(**{**inputs, "decoder_input_ids": ids[..., :start]}, use_cache=True)
+    known = BaseModelOutput(last_hidden_state=out.encoder_last_hidden_state)
+    rest = {k: v for k, v in inputs.items() if k.startswith(("attention_mask", "encoder_"))}
+
+    def step(place: int, cache: Any) -> Any:
+        now = {"decoder_input_ids": ids[..., place : place + 1], "past_key_values": cache}
+        return model(**rest, **now, encoder_outputs=known, use_cache=True)
+
+    return _stepwise(out, whole(model, inputs).logits, start, step)
+
+
+def _stepwise(out: Any, logits: Tensor, start: int, step: Callable[[int, Any], Any]) -> tuple[float, float]:
+    """Largest difference between `logits` [batch, tokens, vocabulary] and those of `out` and each later step."""
+    apart = _apart(logits[:, :start], out.logits)
+    for place in range(start, logits.shape[1]):
+        out = step(place, out.past_key_values)
+        apart = max(apart, _apart(logits[:, place : place + 1], out.logits))
+    return apart, float(logits.abs().max())
 
 
 def _generated(model: Any, ids: Tensor, start: int) -> tuple[float, float]:
@@ -122,8 +220,10 @@ def ragged(ids: Tensor) -> tuple[Tensor, Tensor, list[int]]:
     return batch, mask, lengths
 
 
-def greedy(model: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
+def greedy(model: Any, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Tokens [batch, steps] that `generate` adds to a left-padded batch, and the lead of each over the second best."""
+    ids = text(model, inputs)
+    assert ids is not None
     batch, mask, _ = ragged(ids)
     out = _generate(model, batch, mask, None, steps=SINGLES)
     best = torch.stack(out.logits, 1).float().topk(2).values
@@ -148,8 +248,11 @@ def _generate(model: Any, ids: Tensor, mask: Tensor, told: Any, *, steps: int) -
 
 def _apart(a: Tensor, b: Tensor) -> float:
     """Largest absolute difference; infinite where either is no number."""
-    difference = float((a.double() - b.double()).abs().max())
-    return float("inf") if math.isnan(difference) else difference
+    if a.shape != b.shape:
+        return float("inf")
+    difference = (a.double() - b.double()).abs().masked_fill(a == b, 0.0)
+    largest = float(difference.max()) if difference.numel() else 0.0
+    return float("inf") if math.isnan(largest) else largest
 
 
 def digests(model: nn.Module) -> dict[str, str]:
@@ -164,12 +267,23 @@ def digests(model: nn.Module) -> dict[str, str]:
 
 
 def config_fields(config: Any) -> dict[str, Any]:
-    """What the config says, as JSON would give it back; names, versions and types of number left out."""
+    """What the config says, as JSON would give it back, those inside it by dotted names.
+
+    Names, versions and types of number are left out.
+    """
+    return dict(_fields(_plain(config.to_dict()), ""))
+
+
+def _fields(data: Mapping[str, Any], above: str) -> Iterator[tuple[str, Any]]:
     noise = {
         "model_type", "auto_map", "lamina", "architectures", "dtype", "torch_dtype", "transformers_version",
         "quantization_config",
     }  # fmt: skip
-    return {k: v for k, v in _plain(config.to_dict()).items() if k not in noise and not k.startswith("_")}
+    for key, value in data.items():
+        if isinstance(value, Mapping) and "model_type" in value:
+            yield from _fields(value, f"{above}{key}.")
+        elif key not in noise and not key.startswith("_"):
+            yield above + key, value
 
 
 def _plain(value: Any) -> Any:
@@ -199,19 +313,29 @@ class _NoLamina:
 
 def load(folder: Path, job: Mapping[str, Any]) -> Any:
     """The checkpoint by transformers' own loader; keys that are missing, left over or misshapen are an error."""
-    from transformers import AutoModelForCausalLM
-
-    remote = "auto_map" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    extra = {"attn_implementation": job["attention"]} if job.get("attention") else {}
-    loader: Any = AutoModelForCausalLM
-    model, info = loader.from_pretrained(
-        folder, dtype="auto", trust_remote_code=remote, local_files_only=True, output_loading_info=True, **extra
+    extra: dict[str, Any] = {"attn_implementation": job["attention"]} if job.get("attention") else {}
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if "auto_map" in config:
+        extra["trust_remote_code"] = True
+    model, info = _loader(config, job["module"]).from_pretrained(
+        folder, dtype="auto", local_files_only=True, output_loading_info=True, **extra
     )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info.get(kind):
             names = sorted(map(str, info[kind]))
             raise ValueError(f"{kind.replace('_', ' ')}: {', '.join(names[:3])}{' …' if len(names) > 3 else ''}")
     return model.to(job["device"]).eval()
+
+
+def _loader(config: Mapping[str, Any], module: str) -> Any:
+    """The Auto class that the config maps, else the stock class that it names, of the module where that is written."""
+    import transformers
+
+    for name in config.get("auto_map", ()):
+        if name.startswith("AutoModel"):
+            return getattr(transformers, name)
+    (name,) = config["architectures"]
+    return getattr(importlib.import_module(module), name)
 
 
 def examine(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -229,12 +353,17 @@ def examine(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         save_file({k: state[k].detach().cpu().contiguous().clone() for k in differ[:3]}, folder / "differ.safetensors")
         return found
     reference = load_file(folder / "reference.safetensors", device=job["device"])
-    ids = reference["ids"]
+    inputs = {k.removeprefix("in."): v for k, v in reference.items() if k.startswith("in.")}
     with torch.no_grad():
-        found["logits"] = _apart(reference["logits"], full(model, ids))
-        found["tokens"] = greedy(model, ids)[0].tolist()
+        out = tensors(whole(model, inputs))
+        found["outputs"] = {
+            k: _apart(v, out[k]) if k in out else math.inf for k, v in reference.items() if k in job["same"]
+        }
+        if "reload_generate" in job["checks"]:
+            found["tokens"] = greedy(model, inputs)[0].tolist()
         with exact(model):
-            found["cache"], found["padding"] = cached(model, ids)[0], padded(model, ids)[0]
+            for check in set(job["checks"]) - {"reload_generate"}:
+                found[check] = measure(check, model, inputs)[0]
     return found
 
 

@@ -26,12 +26,15 @@ class Facts:
     budget: Budget | None
     healed: Mapping[str, Any]
     tokenizer: bool
+    loader: str = "AutoModelForCausalLM"
+    """The name of the Auto class that loads it."""
 
 
 def card(facts: Facts) -> str:
     """README.md with the front matter that model hubs read; the same facts give the same bytes."""
     title = facts.name or facts.architecture
-    head = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [lamina, layer-pruning]"]
+    task = ["pipeline_tag: text-generation"] if facts.loader == "AutoModelForCausalLM" else []
+    head = ["---", "library_name: transformers", *task, "tags: [lamina, layer-pruning]"]
     if HUB_ID.fullmatch(facts.name):
         head.append(f"base_model: {facts.name}")
     head += ["# license: fill in before you publish; the dense model's licence goes with its weights", "---"]
@@ -98,11 +101,11 @@ def _budget(budget: Budget | None) -> list[str]:
 
 def _loading(facts: Facts) -> list[str]:
     trust = ", trust_remote_code=True" if facts.form == "shim" else ""
-    names = "AutoModelForCausalLM, AutoTokenizer" if facts.tokenizer else "AutoModelForCausalLM"
+    names = f"{facts.loader}, AutoTokenizer" if facts.tokenizer else facts.loader
     code = [
         f"from transformers import {names}",
         "",
-        f'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="auto"{trust})',
+        f'model = {facts.loader}.from_pretrained("path/to/this/folder", dtype="auto"{trust})',
     ]
     if facts.tokenizer:
         code.append(f'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder"{trust})')

@@ -64,10 +64,38 @@ class HuggingFace:
 
 
 def form(model: nn.Module, receipts: Sequence[Receipt]) -> Literal["stock", "shim"]:
-    """Whether the model's own class can load the checkpoint, or the shim file is needed."""
-    cut = any(step.get("branches") for receipt in receipts for step in receipt.structure.get("steps", ()))
+    """Whether the model's own class can load the checkpoint, or the shim file is needed.
+
+    The class itself will do where whole blocks are gone and it builds, from the config as it is now, the same layers.
+    """
+    steps = [step for receipt in receipts for step in receipt.structure.get("steps", ())]
+    cut = any(step.get("branches") for step in steps)
     stands = any(type(m).__name__ in ("Gone", "Group") for m in model.modules())
-    return "shim" if cut or stands or _earlier(model) else "stock"
+    return "shim" if cut or stands or _earlier(model) or (steps and not _rebuilt(model, steps)) else "stock"
+
+
+def _rebuilt(model: nn.Module, steps: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the class builds the same from the model's config: tensors' shapes, and the plain numbers of layers.
+
+    Where it can't be built here, the config is taken at its word.
+    """
+    from lamina.anatomy.counting import shapes, twin
+
+    other = twin(model)
+    if other is None:
+        return True
+    stacks = tuple(f"{step['stack']}." for step in steps)
+    layers = {path: module for path, module in model.named_modules() if path.startswith(stacks)}
+    others = dict(other.named_modules())
+    return shapes(model) == shapes(other) and all(
+        path in others and _numbers(module) == _numbers(others[path]) for path, module in layers.items()
+    )
+
+
+def _numbers(module: nn.Module) -> dict[str, Any]:
+    """The plain numbers that a module holds."""
+    found = {k: v for k, v in vars(module).items() if type(v) in (int, float, bool, str) and not k.startswith("_")}
+    return {k: v for k, v in found.items() if k not in ("training", "gradient_checkpointing")}
 
 
 def save_checkpoint(
@@ -97,7 +125,10 @@ def save_checkpoint(
             _shim(model, receipts, draft)
         if tokenizer is not None:
             tokenizer.save_pretrained(draft)
-        facts = Facts(name, type(model).__name__, kind, tuple(receipts), budget, healed or {}, tokenizer is not None)
+        loader = _loader(model, kind)
+        facts = Facts(
+            name, type(model).__name__, kind, tuple(receipts), budget, healed or {}, tokenizer is not None, loader
+        )
         (draft / "README.md").write_text(card(facts), encoding="utf-8")
         _settle(draft)
     return sorted(p for p in to.rglob("*") if p.is_file())
@@ -130,19 +161,22 @@ def _shim(model: Any, receipts: Sequence[Receipt], draft: Path) -> None:
 
     steps = [plain(step) for receipt in receipts for step in receipt.structure.get("steps", ())]
     data = checkpoint_config(model, steps, [plain(r) for r in receipts])
-    earlier = _earlier(model)
-    if not earlier and data["lamina"]["model_module"].startswith("transformers_modules"):
+    if data["lamina"]["model_module"].startswith("transformers_modules"):
         hint = "drop whole blocks, or use a model that transformers itself has"
         raise UnsupportedError(f"{type(model).__name__} is remote code, which a shim can't build on", hint=hint)
-    if earlier:
-        data["lamina"] |= {k: v for k, v in earlier.items() if k.endswith(("_module", "_class"))}
-        for key in ("structure", "receipts"):
-            data["lamina"][key] = [*earlier[key], *data["lamina"][key]]
     data["dtype"] = str(model.dtype).removeprefix("torch.")
     dropped = {"quantization_config", "torch_dtype", "_name_or_path"}
     data = {k: v for k, v in data.items() if k not in dropped}
     (draft / "config.json").write_text(to_json(data), encoding="utf-8")
     (draft / SHIM).write_text(source(), encoding="utf-8")
+
+
+def _loader(model: Any, kind: str) -> str:
+    """The name of the Auto class that loads the checkpoint; the model's own class where none knows it."""
+    from lamina.rewrites.structure import auto_class
+
+    default = type(model).__name__ if kind == "stock" else "AutoModel"
+    return getattr(model, "_auto_class", None) or auto_class(type(model), default)
 
 
 def _earlier(model: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,8 @@ from lamina.core.registry import rewrite
 from lamina.core.sites import SUBLAYERS, Kind
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import nn
 
     from lamina.anatomy import Anatomy, Stack
@@ -49,11 +52,9 @@ class Drop:
             parts = [x for b in stack.blocks for x in b.branches]
             if all(x.site.id in gone for x in parts):
                 problems.append(Problem(stack.path, "nothing would be left of the stack", "keep at least one block"))
-            elif any(x.cached for x in parts) and all(x.site.id in gone for x in parts if x.cached):
+            elif (held := _measuring(parts)) and all(x.site.id in gone for x in held):
                 problems.append(Problem(stack.path, "no attention would be left", "keep at least one"))
-            elif stack.owner is None and _config(anatomy.model) is not None and stack_sites(anatomy, stack, gone):
-                problems.append(Problem(stack.path, "no config counts this stack's layers"))
-            else:
+            elif stack_sites(anatomy, stack, gone):
                 try:
                     structure(anatomy, stack, gone)
                 except UnsupportedError as error:
@@ -88,13 +89,15 @@ class Drop:
         replay(skeleton, receipt.structure["steps"])
 
 
+def _measuring(parts: Sequence[Branch]) -> list[Branch]:
+    """The branches by which a cache knows how many tokens it holds: attentions, or what else there is."""
+    held = [x for x in parts if x.cached]
+    return [x for x in held if x.site.kind is Kind.ATTENTION] or held
+
+
 def stack_sites(anatomy: Anatomy, stack: Stack, gone: frozenset[str]) -> bool:
     """Whether any of `gone` lies in this stack."""
     return any(x.site.id in gone for b in stack.blocks for x in b.branches)
-
-
-def _config(model: Any) -> Any:
-    return getattr(model, "config", None)
 
 
 def _branch(number: int, branch: Branch) -> dict[str, Any]:
@@ -120,18 +123,17 @@ def structure(anatomy: Anatomy, stack: Stack, gone: frozenset[str]) -> dict[str,
 
     Raises UnsupportedError where the config can't say it.
     """
-    from lamina.anatomy.config import config_path, edits
+    from lamina.anatomy.counting import change
 
+    own, others = _entries(anatomy, stack)
     whole = [n for n, b in enumerate(stack.blocks) if all(x.site.id in gone for x in b.branches)]
     branches = [
         _branch(n, x) for n, b in enumerate(stack.blocks) for x in b.branches if x.site.id in gone and n not in whole
     ]
-    held = {n for n, b in enumerate(stack.blocks) if any(x.cached and x.site.id not in gone for x in b.branches)}
-    caching = [n for n, b in enumerate(stack.blocks) if any(x.cached for x in b.branches)]
-    rest = [n for n in range(len(stack.blocks)) if n not in whole]
-    layers = caching or list(range(len(stack.blocks)))
-    kept = [rank for rank, n in enumerate(layers) if n in (held if caching else set(rest))]
-    config = _config(anatomy.model.get_submodule(stack.owner)) if stack.owner is not None else None
+    kept = _kept(anatomy, stack, gone, own | others)
+    said = change(anatomy.model, stack.path, list(kept.values()))
+    if others:
+        _check_first(anatomy, stack, gone, own, kept)
     return {
         "format": 1,
         "kind": "drop",
@@ -139,10 +141,68 @@ def structure(anatomy: Anatomy, stack: Stack, gone: frozenset[str]) -> dict[str,
         "depth": len(stack.blocks),
         "blocks": whole,
         "branches": branches,
-        "cached": sorted({x.core for b in stack.blocks for x in b.branches if x.cached}),
+        "cached": sorted(own | others),
+        **({"first": sorted(own)} if others else {}),
         "stream": stack.blocks[0].stream,
         "index": list(stack.index),
-        "owner": stack.owner,
-        "config_path": config_path(anatomy.model, config),
-        "config": {} if config is None else edits(config, len(layers), kept, where=stack.path),
+        "config_path": list(said.path),
+        "config": said.edits,
+        "copies": dict(said.copies),
+        "held": dict(said.held),
     }
+
+
+def _entries(anatomy: Anatomy, stack: Stack) -> tuple[set[str], set[str]]:
+    """The cores that hold a cache entry: those that count the tokens, and others (cross-attention, convolutions)."""
+    numbered = {key.rpartition(".")[0] for key in stack.index}
+    own = {x.core for b in stack.blocks for x in b.branches if x.cached}
+    others = set[str]()
+    for block in stack.blocks:
+        module = anatomy.model.get_submodule(block.path)
+        holding = {n for n, m in module.named_modules() if n in numbered and _takes_cache(m)}
+        for x in block.branches:
+            if any(f"{n}.".startswith(f"{path}.") for n in holding for path in (x.core, *x.own)):
+                others.add(x.core)
+    return (own, others - own) if own else (others, own)
+
+
+def _takes_cache(module: nn.Module) -> bool:
+    """Whether a module is handed the cache."""
+    return any("past" in name or "cache" in name for name in inspect.signature(module.forward).parameters)
+
+
+def _kept(anatomy: Anatomy, stack: Stack, gone: frozenset[str], cached: set[str]) -> dict[int, int]:
+    """Which of the layers that the config counts remain: number of the block that stands for one → which it was.
+
+    A layer is a block that holds a cache entry, with those beside it that lost theirs; or one that never had any.
+    Raises UnsupportedError where the blocks are not the container's elements.
+    """
+    from lamina.rewrites.structure import flat, grouped, holds_cache
+
+    elements = list(anatomy.model.get_submodule(stack.path).children())
+    layers = [(rank, grouped(e), block) for rank, e in enumerate(elements) for block in flat([e])]
+    paths = [anatomy.model.get_submodule(b.path) for b in stack.blocks]
+    if [block for _, _, block in layers] != paths:
+        raise UnsupportedError("the blocks are not all that the container holds", where=stack.path)
+    kept: dict[int, int] = {}
+    for number, ((rank, group, module), block) in enumerate(zip(layers, stack.blocks, strict=True)):
+        cut = {x.core for x in block.branches if x.site.id in gone}
+        bare = not group and not holds_cache(module, cached)
+        if len(cut) < len(block.branches) and (bare or holds_cache(module, cached - cut)):
+            kept[number] = rank
+    return kept
+
+
+def _check_first(anatomy: Anatomy, stack: Stack, gone: frozenset[str], own: set[str], kept: dict[int, int]) -> None:
+    """A cache is measured by its first entry: where the first layer has none of that kind, another takes its number.
+
+    Raises UnsupportedError where the config tells the two apart.
+    """
+    from lamina.anatomy.config import told_apart
+
+    measuring = [n for n in kept if any(x.core in own and x.site.id not in gone for x in stack.blocks[n].branches)]
+    lead, first = kept[measuring[0]], next(iter(kept.values()))
+    depth = len(list(anatomy.model.get_submodule(stack.path).children()))
+    if told_apart(getattr(anatomy.model, "config", None), depth, first, lead):
+        hint = "drop what else it has of the cache as well, or keep both"
+        raise UnsupportedError("the first block can't do without attention of its own", where=stack.path, hint=hint)

@@ -1,21 +1,28 @@
 """Rebuild a thinned network's structure, and load its checkpoint, with torch and transformers alone.
 
-This file travels with the weights as `modeling_lamina.py`, so that
-`AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)` works where lamina is not installed.
+This file travels with the weights as `modeling_lamina.py`, so that `from_pretrained(path, trust_remote_code=True)` of
+the Auto class that `config.json` names (`AutoModelForCausalLM`, `AutoModel`, …) works where lamina is not installed.
 lamina itself uses the same functions: what is applied in memory is what is rebuilt from the checkpoint.
 It knows no architecture: everything it does is spelt out in `config.json` under `lamina.structure`.
 """
 
 import copy
 import importlib
+import json
 from pathlib import Path
 
 import torch
 import transformers
 from torch import nn
-from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
 
 FORMAT = 1
+PREFERRED = (
+    "AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForImageTextToText", "AutoModelForMaskedLM", "AutoModel",
+)  # fmt: skip
+GENERAL = ("AutoModelForMultimodalLM", "AutoModelForTextEncoding", "AutoModelForPreTraining")
+"""Auto classes that are named before the others, and only where no other knows the class."""
 
 
 class Gone(nn.Module):
@@ -120,6 +127,7 @@ def replay(model, steps):
 def _drop(model, step):
     stack = model.get_submodule(step["stack"])
     blocks = flat(stack)
+    bare = {id(b) for b in stack if not grouped(b) and not holds_cache(b, step["cached"])}
     if len(blocks) != step["depth"]:
         raise ValueError(f"{step['stack']} has {len(blocks)} blocks, the receipt was made for {step['depth']}")
     for branch in step["branches"]:
@@ -134,14 +142,19 @@ def _drop(model, step):
             block.set_submodule(path, gone.train(block.training))
     gone = set(step["blocks"])
     blocks = [block for number, block in enumerate(blocks) if number not in gone]
-    layers = _regroup(blocks, step["cached"], step["stream"])
-    _renumber(layers, step["index"])
+    counted = [id(b) in bare or holds_cache(b, step["cached"]) for b in blocks]
+    layers = _regroup(blocks, counted, step["stream"])
+    _renumber(layers, step["index"], step.get("first", ()))
     for name in list(stack._modules):
         del stack._modules[name]
     for number, layer in enumerate(layers):
         stack.add_module(str(number), layer)
-    if step["owner"] is not None:
-        edit(model.get_submodule(step["owner"]).config, step["config"], after=True)
+    if step["config"]:
+        edit(_owned(model.config, step), step["config"], after=True)
+    for path, edits in step.get("copies", {}).items():
+        edit(model.get_submodule(path).config, edits, after=True)
+    for path, edits in step.get("held", {}).items():
+        edit(model.get_submodule(path), edits, after=True)
 
 
 def holds_cache(block, cached):
@@ -150,13 +163,13 @@ def holds_cache(block, cached):
     return any(path in names and type(names[path]).__name__ != "Gone" for path in cached)
 
 
-def _regroup(blocks, cached, stream):
-    """One layer per block that holds a cache entry; the others join the one before (the first ones, the one after)."""
-    if not cached or all(holds_cache(b, cached) for b in blocks):
+def _regroup(blocks, counted, stream):
+    """One layer per block that counts; the others join the one before (the first ones, the one after)."""
+    if all(counted):
         return blocks
     layers, waiting = [], []
-    for block in blocks:
-        if holds_cache(block, cached):
+    for block, counts in zip(blocks, counted, strict=True):
+        if counts:
             layers.append([len(waiting), [*waiting, block]])
             waiting = []
         elif layers:
@@ -168,9 +181,13 @@ def _regroup(blocks, cached, stream):
     return [members[0] if len(members) == 1 else Group(members, main, stream) for main, members in layers]
 
 
-def _renumber(layers, index):
-    for number, layer in enumerate(layers):
-        for block in layer if isinstance(layer, Group) else (layer,):
+def _renumber(layers, index, first):
+    """Number the layers in order; but the cache's first entry goes to the first that has any of the modules `first`."""
+    numbers = list(range(len(layers)))
+    lead = next((n for n, layer in enumerate(layers) if any(holds_cache(b, first) for b in flat([layer]))), 0)
+    numbers[0], numbers[lead] = numbers[lead], numbers[0]
+    for number, layer in zip(numbers, layers, strict=True):
+        for block in flat([layer]):
             modules = dict(block.named_modules())
             for key in index:
                 path, _, name = key.rpartition(".")
@@ -179,7 +196,7 @@ def _renumber(layers, index):
 
 
 def edit(config, edits, *, after):
-    """Set the config's fields to what they are after (or were before) the step."""
+    """Set the fields (of a config, or of a module) to what they are after (or were before) the step."""
     for field, values in edits.items():
         setattr(config, field, copy.deepcopy(values[1 if after else 0]))
 
@@ -227,8 +244,8 @@ class LaminaConfig(PreTrainedConfig):
         return _thin_config(data["lamina"]).from_dict(data, **kwargs)
 
 
-class LaminaForCausalLM(PreTrainedModel, GenerationMixin):
-    """Entry point for AutoModelForCausalLM: builds the dense class's skeleton, replays the receipts, loads strictly."""
+class LaminaModel(PreTrainedModel):
+    """Entry point for the Auto classes: builds the dense class's skeleton, replays the receipts, loads strictly."""
 
     config_class = LaminaConfig
 
@@ -258,6 +275,17 @@ class LaminaForCausalLM(PreTrainedModel, GenerationMixin):
     _from_config = from_config
 
 
+def __getattr__(name):
+    """The entry point under the name of a thinned checkpoint's class: `LaminaLlamaForCausalLM`.
+
+    transformers looks in names of classes for the kind of loss and of cache, so that they hold the dense one's.
+    The first checkpoints say `LaminaForCausalLM`.
+    """
+    if not name.startswith("Lamina"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return type(name, (LaminaModel,), {"__module__": __name__})
+
+
 def _thin_model(config, entry):
     data = config.lamina
     base = getattr(importlib.import_module(data["model_module"]), data["model_class"])
@@ -268,37 +296,56 @@ def _thin_model(config, entry):
         base.__init__(self, config, *args, **kwargs)
         replay(self, data["structure"])
 
-    name = "LaminaForCausalLM"
-    thin = type(name, (base,), {"__init__": __init__, "__module__": entry.__module__, "config_class": type(config)})
-    thin._auto_class = "AutoModelForCausalLM"
+    auto = next((name for name in config.auto_map if name.startswith("AutoModel")), "AutoModel")
+    names = {"__init__": __init__, "__module__": entry.__module__, "config_class": type(config)}
+    thin = type(f"Lamina{base.__name__}", (base,), names)
+    thin._auto_class = auto
     return thin
 
 
 def _owned(config, step):
-    """The config that the step edits: the model's own, or the nested one that its owner reads."""
+    """The config that the step edits: the model's own, or one inside it."""
     for name in step.get("config_path", ()):
         config = getattr(config, name)
     return config
 
 
+def auto_class(kind, default="AutoModel"):
+    """The name of the Auto class that gives models of this class, `default` where none does."""
+    known = [
+        n for n, auto in vars(modeling_auto).items() if n.startswith("AutoModel") and kind.__name__ in _names(auto)
+    ]
+    order = {name: place for place, name in enumerate((*PREFERRED, *GENERAL))}
+    return min(known, key=lambda n: order.get(n, len(PREFERRED) - 0.5), default=default)
+
+
+def _names(auto):
+    """The names of the classes that an Auto class gives."""
+    for names in getattr(getattr(auto, "_model_mapping", None), "_model_mapping", {}).values():
+        yield from (names,) if isinstance(names, str) else names
+
+
 def checkpoint_config(model, steps, receipts):
-    """`config.json` of a thinned model: the config as it is now, and under `lamina` all that the loader needs."""
-    data = model.config.to_dict()
+    """`config.json` of a thinned model: the config as it is now, and under `lamina` all that the loader needs.
+
+    What a model that was loaded from a thinned checkpoint already carries comes before.
+    """
+    data = json.loads(model.config.to_json_string(use_diff=False))
+    earlier = getattr(model.config, "lamina", None) or {}
+    dense = earlier.get("model_class", type(model).__name__)
     data["lamina"] = {
         "format": FORMAT,
-        "model_module": type(model).__module__,
-        "model_class": type(model).__name__,
-        "config_module": type(model.config).__module__,
-        "config_class": type(model.config).__name__,
-        "structure": steps,
-        "receipts": receipts,
+        "model_module": earlier.get("model_module", type(model).__module__),
+        "model_class": dense,
+        "config_module": earlier.get("config_module", type(model.config).__module__),
+        "config_class": earlier.get("config_class", type(model.config).__name__),
+        "structure": [*earlier.get("structure", ()), *steps],
+        "receipts": [*earlier.get("receipts", ()), *receipts],
     }
-    data["architectures"] = ["LaminaForCausalLM"]
+    auto = getattr(model, "_auto_class", None) or auto_class(type(model))
+    data["architectures"] = [f"Lamina{dense}"]
     data["model_type"] = "lamina"
-    data["auto_map"] = {
-        "AutoConfig": "modeling_lamina.LaminaConfig",
-        "AutoModelForCausalLM": "modeling_lamina.LaminaForCausalLM",
-    }
+    data["auto_map"] = {"AutoConfig": "modeling_lamina.LaminaConfig", auto: f"modeling_lamina.Lamina{dense}"}
     data["transformers_version"] = transformers.__version__
     return data
 

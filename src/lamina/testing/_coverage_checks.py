@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from lamina.anatomy import Anatomy, Stack
 from lamina.core.documents import Receipt, Step
 from lamina.core.errors import LaminaError, ReloadError, UnsupportedError
 from lamina.core.sites import SUBLAYERS, Site
-from lamina.evaluators.reload import CHECKS, contract, contracts
+from lamina.evaluators.reload import CHECKS, contracts
 from lamina.exporters.hf import save_checkpoint
 from lamina.lab.load import quiet
 from lamina.rewrites.drop import Drop, stack_sites, structure
@@ -34,8 +33,6 @@ CRASHED = "the fresh process"
 """How an error begins that says nothing of one checkpoint, since the process that loads all of them ended."""
 STARTING, LOADING = 200.0, 30.0
 """Seconds that the fresh process may take to start, and to load one checkpoint."""
-GENERAL = "sample" in inspect.signature(contract).parameters
-"""Whether the contract takes any inputs."""
 Tell = Callable[[str, str], None]
 """Takes (name of a cell or of a fact, its value)."""
 
@@ -75,7 +72,6 @@ def examine(specimen: Specimen, tell: Tell, folder: Path | None = None) -> list[
     tell("kind", type(model).__name__)
     tell("note", specimen.note)
     saves = folder is not None and hasattr(model, "save_pretrained") and "/" not in specimen.name
-    saves = saves and (GENERAL or (specimen.causal and set(sample) == {"input_ids"}))
     generates = saves and bool(getattr(model, "can_generate", bool)())
     with quiet():
         try:
@@ -232,20 +228,14 @@ def reload(cases: Sequence[Case]) -> list[Any]:
     """The contract of each case: its evidence, or the error. Where one ends that of all, each gets its own process."""
     try:
         with quiet():
-            found = contracts([_contract(c) for c in cases], timeout=STARTING + LOADING * len(cases))
+            asked = [(c.folder, c.model, c.sample, c.dense) for c in cases]
+            found = contracts(asked, timeout=STARTING + LOADING * len(cases))
     except Exception as error:
         found = [error] * len(cases)
     ended = all(isinstance(f, Exception) and (not isinstance(f, ReloadError) or CRASHED in f.what) for f in found)
     if ended and len(cases) > 1:
         return [outcome for case in cases for outcome in reload([case])]
     return found
-
-
-def _contract(case: Case) -> Any:
-    """What the contract takes: the sample and the dense model, or token ids alone where it takes no more."""
-    if GENERAL:
-        return case.folder, case.model, case.sample, case.dense
-    return case.folder, case.model, case.sample["input_ids"]
 
 
 def judged(cases: Sequence[Case], outcomes: Sequence[Any]) -> Iterator[tuple[str, str]]:

@@ -23,7 +23,8 @@ config, with random weights, and asked:
 | generates | thinned, cached decoding equals the full forward, and a left-padded batch its rows |
 
 Outputs are equal if no number differs by more than 1e-5 of the largest; and the reference must differ from the dense
-model. A model whose repeated parts take and return no stream is left out of the shares: it has no block.
+model. A model that has no numbered modules which return a tensor shaped like one they take has no block, and is left
+out of the shares. Of generation, nothing is asked that the dense model fails itself.
 """
 ASKED: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("found", ("found",)),

@@ -1,0 +1,233 @@
+"""Which field of which config counts a stack's layers: found by value, proved by building the model from it."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from lamina.anatomy.config import COUNTING, STANDARD, Edits, counts, edits, fields, tree
+from lamina.core.errors import UnsupportedError
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Change:
+    """What the configs of a model say once some layers of a stack are gone.
+
+    `path` leads from the model's config to the one that is edited; `copies` are the paths of modules that hold a
+    config of their own, made from it, and what changes there; `held` those that hold numbers taken from it.
+    """
+
+    path: tuple[str, ...] = ()
+    edits: Edits = field(default_factory=dict[str, list[Any]])
+    copies: Mapping[str, Edits] = field(default_factory=dict[str, Edits])
+    held: Mapping[str, Edits] = field(default_factory=dict[str, Edits])
+
+
+def dense_class(model: nn.Module) -> type:
+    """The class that transformers or its author wrote: of a thinned checkpoint's model, the dense model's."""
+    name = (getattr(getattr(model, "config", None), "lamina", None) or {}).get("model_class")
+    return next((k for k in type(model).__mro__ if k.__name__ == name), type(model))
+
+
+def twin(model: nn.Module, config: Any = None) -> nn.Module | None:
+    """A model of the same dense class without weights, built from `config` or the model's own; None where it can't be.
+
+    The config is copied first.
+    """
+    kind = dense_class(model)
+    config = copy.deepcopy(getattr(model, "config", None) if config is None else config)
+    if config is None or not hasattr(kind, "_from_config"):
+        return None
+    try:
+        with torch.device("meta"), _silent():
+            return kind(config)
+    except Exception:
+        return None
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Without what libraries log about a config's values."""
+    level = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(level)
+
+
+def shapes(module: nn.Module) -> Shapes:
+    """The shape of every tensor of the state dict."""
+    return {k: tuple(v.shape) for k, v in module.state_dict().items()}
+
+
+def change(model: nn.Module, stack_path: str, kept: Sequence[int]) -> Change:
+    """What the configs must say when only the layers `kept` of the stack remain.
+
+    Raises UnsupportedError where no field counts the stack's layers, or where the config can't say what remains.
+    """
+    depth = len(list(model.get_submodule(stack_path).children()))
+    if len(kept) == depth or getattr(model, "config", None) is None:
+        return Change()
+    return _Trial(model, stack_path, kept, depth).best()
+
+
+class _Trial:
+    """Edits of one model's configs, and how well the models that they build agree with what remains of one stack."""
+
+    def __init__(self, model: nn.Module, path: str, kept: Sequence[int], depth: int) -> None:
+        self.model, self.path, self.kept, self.depth = model, path, kept, depth
+        self.root: Any = model.config
+        self.shapes = shapes(model)
+        self.refusal = UnsupportedError("no config counts this stack's layers", where=path)
+
+    def best(self) -> Change:
+        """The first edit whose model has all that remains; else the first that counts the stack's layers."""
+        if twin(self.model) is None:
+            return self._likeliest()
+        known: dict[int, tuple[Change, nn.Module]] = {}
+        for one in self._candidates():
+            built = self._build(one)
+            fit = self._fit(built) if built is not None else 0
+            if built is not None and fit:
+                known.setdefault(fit, (one, built))
+            if fit == len(FITS):
+                break
+        if not known:
+            raise self.refusal
+        one, built = known[max(known)]
+        self._check_sizes(shapes(built))
+        return replace(one, copies=self._copies(built), held=self._held(built))
+
+    def _check_sizes(self, theirs: Shapes) -> None:
+        """Outside the stack nothing may be as wide as there are layers: it would have to be cut as well."""
+        inside = f"{self.path}."
+        other = [k for k, v in self.shapes.items() if not k.startswith(inside) and theirs.get(k, v) != v]
+        if other:
+            raise UnsupportedError(f"{other[0]} has a size that depends on the number of layers", where=self.path)
+
+    def _likeliest(self) -> Change:
+        """Where the class can't be built here: the field that has the usual name, or the only one."""
+        found = [c for c in self._candidates() if len(c.edits) > 0]
+        if len({(c.path, next(iter(c.edits))) for c in found}) > 1:
+            found = [c for c in found if next(iter(c.edits)) == STANDARD]
+        if not found:
+            raise self.refusal
+        return found[0]
+
+    def _candidates(self) -> Iterator[Change]:
+        """Edits that may be right, the likeliest first: of the nearest config, all that it says of the layers.
+
+        Then without one of its lists, which may be no list of layers.
+        """
+        near = self._above()
+        for path, config in sorted(tree(self.root), key=lambda p: near.get(id(p[1]), len(near))):
+            for count in counts(config, self.depth):
+                try:
+                    whole = edits(config, self.depth, self.kept, where=self.path, count=count)
+                except UnsupportedError as error:
+                    self.refusal = error
+                    continue
+                for left in (None, *(k for k in whole if k != count[0])):
+                    yield Change(path, {k: v for k, v in whole.items() if k != left})
+
+    def _above(self) -> dict[int, int]:
+        """The configs of the modules above the stack: id → how far above."""
+        parts = self.path.split(".")
+        paths = [".".join(parts[:cut]) for cut in range(len(parts), -1, -1)]
+        configs = [getattr(self.model.get_submodule(p), "config", None) for p in paths]
+        return {id(c): far for far, c in reversed(list(enumerate(configs))) if c is not None}
+
+    def _build(self, one: Change) -> nn.Module | None:
+        """The model that the edited config builds."""
+        config = copy.deepcopy(self.root)
+        place = config
+        for name in one.path:
+            place = getattr(place, name)
+        try:
+            for key, (_, after) in one.edits.items():
+                setattr(place, key, copy.deepcopy(after))
+        except (TypeError, ValueError):
+            return None
+        return twin(self.model, config)
+
+    def _fit(self, built: nn.Module) -> int:
+        """How much of the built model is as it must be: 0 where the stack has another number of layers."""
+        try:
+            layers = list(built.get_submodule(self.path).children())
+        except AttributeError:
+            return 0
+        if len(layers) != len(self.kept):
+            return 0
+        inside = f"{self.path}."
+        mine, theirs = ({k: v for k, v in s.items() if not k.startswith(inside)} for s in (self.shapes, shapes(built)))
+        own = list(self.model.get_submodule(self.path).children())
+        cut = ("Gone", "Group")
+        alike = all(
+            shapes(own[old]) == shapes(layer)
+            for old, layer in zip(self.kept, layers, strict=True)
+            if not any(type(m).__name__ in cut for m in own[old].modules())
+        )
+        return FITS[mine == theirs, alike]
+
+    def _copies(self, built: nn.Module) -> dict[str, Edits]:
+        """What changes in configs that modules made from the model's and keep to themselves."""
+        seen = {id(c) for _, c in tree(self.root)}
+        found: dict[str, Edits] = {}
+        others = dict(built.named_modules())
+        for path, module in self.model.named_modules():
+            config = getattr(module, "config", None)
+            if not hasattr(config, "to_dict") or id(config) in seen or path.startswith(f"{self.path}."):
+                continue
+            seen.add(id(config))
+            other = getattr(others.get(path), "config", None)
+            if other is not None and (differing := self._differing(fields(config), fields(other))):
+                found[path] = differing
+        return found
+
+    def _held(self, built: nn.Module) -> dict[str, Edits]:
+        """What changes in the plain attributes of modules outside the stack that speak of layers."""
+        found: dict[str, Edits] = {}
+        others = dict(built.named_modules())
+        for path, module in self.model.named_modules():
+            if path in others and not path.startswith(f"{self.path}."):
+                mine, theirs = (
+                    {k: v for k, v in vars(m).items() if COUNTING.search(k) and not k.startswith("_") and _plain(v)}
+                    for m in (module, others[path])
+                )
+                if differing := self._differing(mine, theirs):
+                    found[path] = differing
+        return found
+
+    def _differing(self, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> Edits:
+        """Fields of two configs that differ and speak of layers."""
+        found: Edits = {}
+        for key, old in mine.items():
+            new = theirs.get(key)
+            if type(old) is not type(new) or old == new:
+                continue
+            if isinstance(old, list | tuple):
+                found[key] = [list(old), list(theirs[key])]
+            elif isinstance(old, Mapping) or COUNTING.search(key):
+                found[key] = [old, new]
+        return found
+
+
+def _plain(value: Any) -> bool:
+    """Whether it is a number, or a list of numbers or words."""
+    if isinstance(value, list | tuple):
+        return all(type(v) in (int, str) for v in value)
+    return type(value) is int
+
+
+FITS = {(False, False): 1, (False, True): 2, (True, False): 3, (True, True): 4}
+"""(all outside the stack is as it was, the layers are those that remain) → rank."""

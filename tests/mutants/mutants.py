@@ -144,15 +144,15 @@ MUTANTS = (
     mutant(
         "stopping early at a wrong bound",
         "lab/judge.py",
-        "total / self._positions > limit:",
-        "total / self._positions > limit / 8:",
+        "total > limit):",
+        "total > limit / 8):",
         "tests/lab/test_judge.py::test_the_hint_orders_the_work_and_not_the_result[worst first]",
     ),
     mutant(
         "a loss given up early, although its terms may be negative",
         "lab/judge.py",
-        'if self.metric != "loss" and total',
-        "if total",
+        '(self.metric != "loss" and total > limit)',
+        "total > limit",
         "tests/lab/test_judge.py::test_a_loss_is_never_given_up",
     ),
     mutant(
@@ -220,8 +220,8 @@ MUTANTS = (
     mutant(
         "a dropped branch still listed as a site",
         "anatomy/joins.py",
-        "found = [leaf for join in self.joins for leaf in join.leaves if unscaled(leaf.node)[-1][0].op not in ZEROS]",
-        "found = [leaf for join in self.joins for leaf in join.leaves]",
+        "    if node.op in ZEROS:\n        return True\n",
+        "",
         "rewrite-drop-twice_applied",
     ),
     mutant(

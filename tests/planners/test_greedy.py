@@ -105,7 +105,7 @@ def test_least_divergence_per_parameter(name: str, kinds: tuple[Kind, ...], per:
     need = math.ceil(lab.anatomy.total().parameters * 0.4)
     wanted = by_price(lab, need, kinds, per_budget=per == "budget")
     budget = Budget(metric="parameters", limit=lab.anatomy.total().parameters - need)
-    got = plan(lab, budget, kinds=kinds, per=per, shortlist=0)
+    got = plan(lab, budget, kinds=kinds, per=per, shortlist=0, margin=None)
     assert [s for s, _ in got] == [s for s, _ in wanted]
     assert [w["kl"] for _, w in got] == pytest.approx([v for _, v in wanted], rel=2e-4, abs=1e-7)
     rises = [b - a for a, b in zip([0.0, *(v for _, v in wanted)], [v for _, v in wanted], strict=False)]
@@ -117,8 +117,8 @@ def test_least_divergence_per_parameter(name: str, kinds: tuple[Kind, ...], per:
 def test_scores_order_the_work_and_not_the_result(seed: int, hints: int) -> None:
     lab = Lab(tiny("llama", seed=seed), text(3, 6, seed=seed))
     budget = Budget(metric="sublayers", drop=3)
-    without = plan(lab, budget, kinds=SUBLAYERS, shortlist=0)
-    hinted = plan(lab, budget, synthetic(lab.anatomy, hints), kinds=SUBLAYERS, shortlist=0)
+    without = plan(lab, budget, kinds=SUBLAYERS, shortlist=0, margin=None)
+    hinted = plan(lab, budget, synthetic(lab.anatomy, hints), kinds=SUBLAYERS, shortlist=0, margin=None)
     assert [s for s, _ in hinted] == [s for s, _ in without]
     assert [w["kl"] for _, w in hinted] == pytest.approx([w["kl"] for _, w in without], rel=1e-6)
 

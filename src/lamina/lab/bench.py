@@ -48,14 +48,14 @@ class Bench:
     def note(self) -> None:
         """Write the journal, atomically."""
         if self.journal is not None:
-            data = {k: [[sorted(s), v] for s, v in j.known.items()] for k, j in self._judges.items()}
+            data = {k: [[sorted(s), v] for s, v in j.heard.items()] for k, j in self._judges.items()}
             write_text(self.journal, to_json(data))
 
-    def _read(self, key: str) -> Mapping[frozenset[str], float]:
+    def _read(self, key: str) -> Mapping[frozenset[str], list[float]]:
         if self.journal is None or not self.journal.exists():
             return {}
         try:
             rows = json.loads(self.journal.read_text(encoding="utf-8")).get(key, [])
-            return {frozenset(sites): float(value) for sites, value in rows}
+            return {frozenset(sites): list(map(float, sums)) for sites, sums in rows}
         except (ValueError, TypeError):
             return {}

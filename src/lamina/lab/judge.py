@@ -63,7 +63,7 @@ class Judge:
         self.lab, self.metric = lab, metric
         self.stack = lab.anatomy.stacks[0]
         self.base: Candidate = frozenset()
-        self._known: dict[Candidate, float] = {}
+        self._heard: dict[Candidate, list[float]] = {}
         self.estimates: dict[Candidate, float] = {}
         """What is known of every candidate tried: its value, or the mean over the sequences that were heard."""
         self._cases = [self._case(b) for batch in lab.batches for b in _split(batch, batch_size)]
@@ -72,11 +72,20 @@ class Judge:
     @property
     def known(self) -> dict[Candidate, float]:
         """Every value that was computed in full."""
-        return dict(self._known)
+        return {gone: sum(heard) / self._positions for gone, heard in self._heard.items()}
 
-    def remember(self, known: Mapping[Candidate, float]) -> None:
-        """Take over values from an earlier run over the same model and text."""
-        self._known.update(known)
+    @property
+    def heard(self) -> dict[Candidate, list[float]]:
+        """What was computed in full, as sums over the tokens of each batch."""
+        return dict(self._heard)
+
+    def remember(self, heard: Mapping[Candidate, Sequence[float]]) -> None:
+        """Take over what an earlier run over the same model and text `heard`."""
+        self._heard.update({gone: list(sums) for gone, sums in heard.items() if len(sums) == len(self._cases)})
+
+    def forget(self) -> None:
+        """Compute everything anew when it is asked for."""
+        self._heard.clear()
 
     @torch.no_grad()
     def _case(self, batch: Batch) -> _Case:
@@ -97,36 +106,38 @@ class Judge:
 
     def value(self, gone: Iterable[str]) -> float:
         """The metric with exactly these sublayers gone (blocks may be named too)."""
-        found = self._value(self.lab.anatomy.expand(gone), math.inf)
+        found = self._sums(self.lab.anatomy.expand(gone))
         assert found is not None
-        return found
+        return sum(found) / self._positions
 
     def rises(self, gone: Iterable[str]) -> Mean:
         """The metric with these gone as a mean over tokens, with its error over sequences."""
         sublayers = self.lab.anatomy.expand(gone)
         mean = Mean()
+        heard: list[float] = []
         for case in self._cases:
-            per_token = self._divergence(case, sublayers)
-            mean.add(per_token.sum(1).cpu().numpy(), case.valid.sum(1).cpu().numpy())
-        self._known[sublayers] = float(mean.value)
+            per_row = self._divergence(case, sublayers).sum(1).cpu().numpy()
+            mean.add(per_row, case.valid.sum(1).cpu().numpy())
+            heard.append(float(per_row.sum()))
+        self._heard[sublayers] = heard
         return mean
 
-    def _value(self, gone: Candidate, limit: float) -> float | None:
-        """The metric, or None as soon as it is certain to exceed `limit`."""
-        if gone in self._known:
-            self.estimates[gone] = self._known[gone]
-            return self._known[gone]
+    def _sums(self, gone: Candidate, hopeless: Callable[[list[float]], bool] | None = None) -> list[float] | None:
+        """The metric's sum over each case, or None as soon as those heard so far are `hopeless`."""
         if not gone:
-            return 0.0
-        total, heard = 0.0, 0
-        for case in self._cases:
-            total += float(self._divergence(case, gone).sum())
-            heard += int(case.valid.sum())
-            self.estimates[gone] = total / heard
-            if self.metric != "loss" and total / self._positions > limit:
-                return None
-        self._known[gone] = total / self._positions
-        return self._known[gone]
+            return [0.0] * len(self._cases)
+        heard = self._heard.get(gone, [])
+        if not heard:
+            count = 0
+            for case in self._cases:
+                heard.append(float(self._divergence(case, gone).sum()))
+                count += int(case.valid.sum())
+                self.estimates[gone] = sum(heard) / count
+                if hopeless is not None and hopeless(heard):
+                    return None
+            self._heard[gone] = heard
+        self.estimates[gone] = sum(heard) / self._positions
+        return heard
 
     @torch.no_grad()
     def _divergence(self, case: _Case, gone: Candidate) -> Tensor:
@@ -231,28 +242,42 @@ class Judge:
         *,
         weights: Sequence[float] | None = None,
         hint: Sequence[float] | None = None,
+        margin: float | None = None,
     ) -> tuple[int, float]:
         """(place, value) of the option, on top of the base, with the least rise of the metric per weight.
 
         An option is a site or several. Ties go to the earlier option. `hint` (small = likely to win) orders the work,
-        not the result: with a divergence, an option is given up as soon as it is certain to lose.
+        not the result: with a divergence, an option is given up as soon as it is certain to lose. With a `margin` it
+        is also given up once its price, on the batches heard so far, exceeds the best one's on the same batches by
+        this share.
         """
         known = [self.base | self.lab.anatomy.expand([o] if isinstance(o, str) else o) for o in options]
-        level = self.value(self.base) if weights is not None else 0.0
+        levels = self._sums(self.base) if weights is not None else None
+        levels = levels or [0.0] * len(self._cases)
         scale = list(weights) if weights is not None else [1.0] * len(known)
         order = sorted(range(len(known)), key=lambda i: hint[i]) if hint is not None else range(len(known))
-        winner, least, found = -1, math.inf, math.inf
+        winner, best, least = -1, list[float](), math.inf
+
+        def hopeless(heard: list[float], weight: float) -> bool:
+            """Whether what was heard of an option rules it out."""
+            total, count = sum(heard), len(heard)
+            limit = (sum(levels) + least * weight) * (1 + 1e-12)
+            if winner < 0 or (self.metric != "loss" and total > limit):
+                return winner >= 0
+            rival = sum(best[:count])
+            return margin is not None and (total - sum(levels[:count])) / weight > rival + margin * abs(rival)
+
         for place in order:
-            limit = (level + least * scale[place]) * (1 + 1e-12) if winner >= 0 else math.inf
-            value = self._value(known[place], limit)
-            if value is None:
+            heard = self._sums(known[place], partial(hopeless, weight=scale[place]))
+            if heard is None:
                 continue
-            price = (value - level) / scale[place]
+            price = (sum(heard) - sum(levels)) / scale[place]
             if price < least or (price == least and place < winner):
-                winner, least, found = place, price, value
+                winner, least = place, price
+                best = [(h - b) / scale[place] for h, b in zip(heard, levels, strict=True)]
         if winner < 0:
             raise LaminaError(f"the {self.metric} is not a number for any candidate", hint="try --dtype float32")
-        return winner, found
+        return winner, self.value(known[winner])
 
 
 def _split(batch: Batch, size: int) -> list[Batch]:

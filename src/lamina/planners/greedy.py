@@ -49,7 +49,8 @@ class Greedy:
     shortlist: int = 3
     sequences: int = 8
     length: int = 256
-    batch_size: int = 4
+    batch_size: int = 2
+    margin: float | None = 0.15
 
     card: ClassVar[Card]
 
@@ -74,7 +75,7 @@ class Greedy:
             judge.rebase(gone)
             weights = [self._weight(target, gone, u) for u in options]
             order = [hint.get(u, 0.0) / w for u, w in zip(options, weights, strict=True)]
-            place, value = judge.least(options, weights=weights, hint=order)
+            place, value = judge.least(options, weights=weights, hint=order, margin=self.margin)
             site = options[place]
             before = judge.value(judge.base)
             found = {u: judge.estimates.get(judge.base | anatomy.expand([u])) for u in options}
@@ -128,7 +129,7 @@ recipe(
     summary="SLEB: greedy over blocks by the loss; the first and the last stay.",
     measure="",
     planner="greedy",
-    planner_options={"metric": "loss", "per": "site", "edges": 1, "shortlist": 0},
+    planner_options={"metric": "loss", "per": "site", "edges": 1, "shortlist": 0, "margin": None},
     kinds=(Kind.BLOCK,),
     status="stable",
 )

@@ -1,6 +1,6 @@
 """Realised speed-up against what the removed sublayers' share of measured time promises.
 
-python benchmarks/speed.py [--rounds 9]
+python benchmarks/speed.py [--rounds 9] [--decode 32]
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ def main() -> str:
     """The table."""
     parser = arguments(__doc__)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--decode", type=int, default=32)
     given = parser.parse_args()
     dense = opened(given).model
     ids = (torch.arange(64) * 7919 % 40000).reshape(1, 64)
@@ -38,7 +39,7 @@ def main() -> str:
     for name, gone in SETS.items():
         lab = Lab(copy.deepcopy(dense), ids)
         Drop().apply(Step(rewrite="drop", sites=tuple(gone)), lab)
-        evaluator = Speed(rounds=given.rounds, gone=tuple(gone))
+        evaluator = Speed(rounds=given.rounds, decode=given.decode, gone=tuple(gone))
         found = {(e.name, e.of): e for e in evaluator.evaluate(lab, reference=dense)}
         for work in ("prefill", "decode"):
             real, promised = found[work, "ratio"], found[f"promised_{work}", "ratio"]
@@ -46,7 +47,8 @@ def main() -> str:
             interval = f"{real.value:.3f} [{real.low:.3f}, {real.high:.3f}]"
             rows.append((name, work, interval, f"{promised.value:.3f}", f"{share:.3f}"))
     columns = ("gone", "work", "realised speed-up [95 %]", "promised", "realised / promised")
-    head = f"prefill of 256 tokens, 16 decoded after 32, batch 1, {given.rounds} rounds; {machine(given.threads)}\n\n"
+    work = f"prefill of 256 tokens, {given.decode} decoded after 32, batch 1, {given.rounds} rounds"
+    head = f"{work}; {machine(given.threads)}\n\n"
     return head + table(columns, rows)
 
 

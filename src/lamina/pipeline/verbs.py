@@ -152,14 +152,14 @@ def _expect(run: Run, lab: Lab, steps: Sequence[Step], gone: Sequence[str]) -> d
 
 
 def expected_loss(lab: Lab, steps: Sequence[Step], gone: Sequence[str]) -> float:
-    """Rise of the loss, in nats, on calibration text; a refit is tried on half of it and judged on the last quarter."""
+    """Rise of the loss, in nats, on calibration text; a refit is tried on most of it and judged on the last quarter."""
     fits = [s for s in steps if s.rewrite == "refit"]
     if not fits or len(lab.batches) < 2:
         return lab.loss(gone) - lab.loss()
     from lamina.rewrites.refit import kept_weights
 
-    fit, rest = max(1, len(lab.batches) // 2), max(1, len(lab.batches) * 3 // 4)
-    fitting, judging = lab.on(lab.batches[:fit]), lab.on(lab.batches[rest:])
+    cut = max(1, len(lab.batches) * 3 // 4)
+    fitting, judging = lab.on(lab.batches[:cut]), lab.on(lab.batches[cut:])
     dense = judging.loss()
     with kept_weights(lab, [s for step in fits for s in step.sites]):
         for step in fits:

@@ -6,13 +6,20 @@ import copy
 from typing import Any
 
 import pytest
-from tiny_kinds import LAYERS, WIDTH, kind
-from torch import nn
+import torch
+from tiny_kinds import LAYERS, WIDTH, drop, kind
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lamina.anatomy import Anatomy
 from lamina.anatomy.config import config_path, counts, owner_of, tree
 from lamina.anatomy.counting import Change, change, twin
+from lamina.anatomy.stacks import call
+from lamina.anatomy.trial import ablated
+from lamina.core.documents import Step
 from lamina.core.errors import UnsupportedError
+from lamina.rewrites.drop import Drop
+from lamina.testing import zoo
 
 COUNTS = {
     ("bert", "bert.encoder.layer"): ((), "num_hidden_layers"),
@@ -63,15 +70,98 @@ def test_a_stack_that_no_field_counts_is_refused() -> None:
         change(model, "more", [0])
 
 
-def test_a_tensor_as_wide_as_there_are_layers_is_refused() -> None:
-    class Weighted(LlamaForCausalLM):
-        def __init__(self, config: Any) -> None:
-            super().__init__(config)
-            self.mix = nn.Parameter(self.lm_head.weight.new_ones(config.num_hidden_layers))
+class Weighted(LlamaForCausalLM):
+    """Ends with a sum of all layers' streams, each with its own weight, of which there are `more` than layers."""
 
-    model = Weighted(LlamaConfig(num_hidden_layers=LAYERS, vocab_size=99, **WIDTH))
+    def __init__(self, config: Any, more: int = 0) -> None:
+        super().__init__(config)
+        self.mix = nn.Parameter(torch.linspace(0.5, 1.5, config.num_hidden_layers + more))
+
+    def forward(self, input_ids: Tensor, **_: Any) -> Any:
+        states = self.model(input_ids, output_hidden_states=True, use_cache=False).hidden_states[1:]
+        return {"logits": self.lm_head(sum(w * s for w, s in zip(self.mix, states, strict=False)))}
+
+
+def weighted(more: int = 0) -> Weighted:
+    return Weighted(LlamaConfig(num_hidden_layers=LAYERS, vocab_size=99, **WIDTH), more).eval()
+
+
+def test_a_tensor_whose_size_follows_the_number_of_layers_otherwise_is_refused() -> None:
+    class Longer(Weighted):
+        def __init__(self, config: Any) -> None:
+            super().__init__(config, more=1)
+
+    model = Longer(LlamaConfig(num_hidden_layers=LAYERS, vocab_size=99, **WIDTH))
     with pytest.raises(UnsupportedError, match="mix has a size that depends on the number of layers"):
         change(model, "model.layers", [0])
+
+
+def test_a_tensor_with_a_part_for_each_layer_is_cut() -> None:
+    found = change(weighted(), "model.layers", [0, 2])
+    assert found.sliced == {"mix": 0}
+    assert found.edits == {"num_hidden_layers": [LAYERS, 2]}
+
+
+def test_a_part_that_serves_when_its_layer_is_gone_is_not_the_layer_s() -> None:
+    model = weighted()
+    anatomy = Anatomy.of(model, {"input_ids": torch.arange(3, 10)[None]})
+    (problem,) = Drop().check(Step(rewrite="drop", sites=("block.1",)), anatomy)
+    assert (problem.where, problem.what) == ("model.layers", "mix has no part of its own for each layer")
+
+
+def specimen(name: str) -> tuple[Any, Any]:
+    made = zoo.build(name)
+    return made.model, made.sample
+
+
+@pytest.mark.parametrize("gone", [["block.1"], ["block.0", "block.2"], ["block.1.mlp"]])
+def test_embeddings_for_each_layer_go_with_it(gone: list[str]) -> None:
+    """Gemma's, which hold a part for each layer side by side."""
+    model, sample = specimen("gemma4_text")
+    anatomy = Anatomy.of(model, sample)
+    width = model.model.embed_tokens_per_layer.embedding_dim
+    with ablated(model, anatomy, gone):
+        wanted = call(model, sample).logits
+    drop(model, sample, *gone)
+    assert torch.equal(call(model, sample).logits, wanted)
+    blocks = sum(site.count(".") == 1 for site in gone)
+    table = model.model.embed_tokens_per_layer
+    assert table.embedding_dim == table.weight.shape[1] == width * (4 - blocks) // 4
+    assert model.model.per_layer_model_projection.out_features == width * (4 - blocks) // 4
+
+
+def test_a_part_for_each_layer_needs_whole_blocks_or_a_cache_entry_that_stays() -> None:
+    model, sample = specimen("gemma4_text")
+    anatomy = Anatomy.of(model, sample)
+    (problem,) = Drop().check(Step(rewrite="drop", sites=("block.1.attention",)), anatomy)
+    assert problem.what.endswith("has a part for each layer, cache entry or not")
+
+
+def test_words_repeated_over_the_layers_are_spelt_out() -> None:
+    model, _ = specimen("recurrent_gemma")
+    found = change(model, "model.layers", [0, 2, 3])
+    assert found.edits.pop("num_hidden_layers") == [4, 3]
+    assert found.edits == {"block_types": [["recurrent", "attention"], ["recurrent", "recurrent", "attention"]]}
+
+
+def test_lists_of_layers_may_count_from_one() -> None:
+    """Which it is, the modules that are built tell."""
+    model, _ = specimen("qwen4_exp_text")
+    holding = [n + 1 for n, layer in enumerate(model.model.layers) if layer.ple is not None]
+    assert model.config.ple_layer_ids == holding
+    kept = [n for n in range(4) if n + 1 not in holding[:1]]
+    found = change(model, "model.layers", kept)
+    wanted = [new + 1 for new, old in enumerate(kept) if old + 1 in holding]
+    assert found.edits["ple_layer_ids"] == [holding, wanted]
+
+
+def test_a_block_with_two_cache_entries_numbers_them_in_turn() -> None:
+    model, sample = specimen("longcat_flash")
+    (stack,) = Anatomy.of(model, sample).stacks
+    assert stack.strides == {"self_attn.0.layer_idx": (2, 0), "self_attn.1.layer_idx": (2, 1)}
+    drop(model, sample, "block.1")
+    layers = model.model.layers
+    assert [[a.layer_idx for a in layer.self_attn] for layer in layers] == [[0, 1], [2, 3], [4, 5]][: len(layers)]
 
 
 def test_numbers_that_modules_took_from_the_config_follow() -> None:

@@ -88,7 +88,7 @@ def longer(data: dict[str, Any]) -> None:
 OWN_STAYS = ('for path in branch["own"]:', "for path in ():")
 NEEDS_LAMINA = ("import transformers\n", "import transformers\nimport lamina\n")
 NO_ROOM = ("FORMAT = 1\n", "raise MemoryError('no room')\n")
-RENUMBER = ('    _renumber(layers, step["index"], step.get("first", ()))\n', "")
+RENUMBER = ('    _renumber(layers, strides, step.get("first", ()))\n', "")
 CORRUPTIONS: dict[str, tuple[str, tuple[str, ...], Callable[[Path], Any], str]] = {
     "one tensor perturbed": ("llama", BLOCK, lambda f: edit_weights(f, nudge), r"embed_tokens.weight .* up to 0.25"),
     "one tensor perturbed, shim": ("llama", MIXED, lambda f: edit_weights(f, nudge), r"embed_tokens.* up to 0.25"),

@@ -54,7 +54,7 @@ MUTANTS = (
     mutant(
         "layer_idx not renumbered",
         "rewrites/structure.py",
-        '    _renumber(layers, step["index"], step.get("first", ()))\n',
+        '    _renumber(layers, strides, step.get("first", ()))\n',
         "",
         "rewrite-drop-cached_decoding_is_the_full_forward",
         "tests/rewrites/test_structure.py::test_cache_numbers_count_what_remains[llama]",

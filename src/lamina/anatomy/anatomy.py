@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from lamina.anatomy.branches import find_branches, find_stream, returns_of, tokens_of
-from lamina.anatomy.config import index_attributes, owner_of
+from lamina.anatomy.config import index_attributes, index_strides, owner_of
 from lamina.anatomy.costs import kv_bytes, ledger
 from lamina.anatomy.joins import StreamError
 from lamina.anatomy.parts import Block, Branch, Certificate, Ledger, Stack
@@ -237,10 +237,11 @@ def _stack(model: nn.Module, name: str, path: str, chain: list[Seen]) -> Stack:
         blocks.append(block)
     elements = [n for n, _ in model.get_submodule(path).named_children()]
     places = [elements.index(s.path.removeprefix(f"{path}.").split(".")[0]) for s in chain]
-    index = index_attributes([s.module for s in chain], places)
-    marked = tuple(_mark_cached(b, index) for b in blocks)
+    modules = [s.module for s in chain]
+    index, strides = index_attributes(modules, places), index_strides(modules, places)
+    marked = tuple(_mark_cached(b, (*index, *strides)) for b in blocks)
     owner = owner_of(model, path, len(elements))
-    return Stack(name, path, marked, owner, index, int(first_width(chain)), linked(chain))
+    return Stack(name, path, marked, owner, index, int(first_width(chain)), linked(chain), strides)
 
 
 def _read(seen: Seen, block_id: str, number: int) -> Block:

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from lamina.anatomy.joins import MOVES, Joins, Leaf, StreamError, light, unscaled
+from lamina.anatomy.joins import MOVES, PUTS, Joins, Leaf, StreamError, light, unscaled, void
 from lamina.anatomy.parts import SUBLAYER_NAMES, Branch, Turn
 from lamina.anatomy.roles import SOFTMAX, kind_of
 from lamina.anatomy.stacks import Seen
@@ -154,8 +155,8 @@ class _Finder:
             if maker := self._maker(node):
                 return maker, node, scale, (), False
         node, way, bound = leaf.node, list[Turn](), False
-        while node.op in MOVES or node.op in PASSES or node.op in SCALES or node.op in ADDS:
-            found = self.joins.step(node) or self._gated(node)
+        while node.op in MOVES or node.op in PASSES or node.op in SCALES or node.op in ADDS or node.op in PUTS:
+            found = self.joins.step(node) or self._gated(node) or self._put(node)
             if found is None:
                 break
             way.append(found[0])
@@ -175,6 +176,17 @@ class _Finder:
             return None
         late = max(node.inputs, key=lambda n: unscaled(n)[-1][0].order)
         return self.joins.step(node, late)
+
+    def _put(self, node: Node) -> tuple[Turn, Node] | None:
+        """Numbers put into places of a tensor of zeros, and what they were before."""
+        if node.op not in PUTS or node.value is None or not void(node.args[0]):
+            return None
+        values = node.args[2]
+        found = self.joins.step(node, values)
+        if found is None:
+            return None
+        turn = replace(found[0], op=aten.index_put, args=(torch.zeros_like(node.value), *found[0].args[1:]))
+        return turn, values
 
     def _maker(self, node: Node) -> Call | None:
         """The outermost module, of those that do not join anything, that returns this node."""

@@ -16,7 +16,7 @@ from torch import nn
 
 from lamina.core.errors import UnsupportedError
 
-INDEX_SUFFIXES = ("_layers", "_idxs", "_indices", "_index", "_indexes")
+INDEX_SUFFIXES = ("_layers", "_layer_ids", "_idxs", "_indices", "_index", "_indexes")
 RANK_SUFFIXES = ("_idx", "_index", "_id", "_number", "_num")
 PERIODIC = ("_pattern", "_interval", "every_", "_every", "_period", "_freq")
 COUNTING = re.compile(r"layer|depth|block", re.IGNORECASE)
@@ -78,10 +78,13 @@ def counts(config: Any, depth: int) -> list[Count]:
     return sorted(found, key=lambda c: (c[0] != standard, c[1] is not None)) + ([("", None)] if listed else [])
 
 
-def edits(config: Any, depth: int, kept: Sequence[int], where: str = "", count: Count | None = None) -> Edits:
+def edits(
+    config: Any, depth: int, kept: Sequence[int], where: str = "", count: Count | None = None, first: int = 0
+) -> Edits:
     """What must change when only the layers `kept` remain of `depth`; the config itself is left alone.
 
-    `count` is the field that counts them. Raises UnsupportedError where a periodic rule can't express the result.
+    `count` is the field that counts them, `first` the number of the first layer in lists of layers.
+    Raises UnsupportedError where a periodic rule can't express the result.
     """
     found: Edits = {}
     data = fields(config)
@@ -91,12 +94,13 @@ def edits(config: Any, depth: int, kept: Sequence[int], where: str = "", count: 
         return {key: [value, [*value[:place], len(kept), *value[place + 1 :]]]}
     if key:
         found[key] = [depth, len(kept)]
+        found |= _multiple(data, key, depth, len(kept))
     explicit = any(isinstance(v, list | tuple) and len(v) == depth for v in data.values())
     for key, value in data.items():
         if isinstance(value, list | tuple) and len(value) == depth and depth > 1:
             found[key] = [list(value), [value[i] for i in kept]]
-        elif _indexes(key, value, depth):
-            found[key] = [list(value), [new for new, old in enumerate(kept) if old in value]]
+        elif _indexes(key, value, depth, first):
+            found[key] = [list(value), [new + first for new, old in enumerate(kept) if old + first in value]]
         elif isinstance(value, Mapping) and _by_layer(value):
             held = {int(k): v for k, v in value.items()}
             found[key] = [dict(value), {str(new): held[old] for new, old in enumerate(kept) if old in held}]
@@ -105,6 +109,24 @@ def edits(config: Any, depth: int, kept: Sequence[int], where: str = "", count: 
                 f"config field {key} = {value} repeats over the layers", where=where, hint="drop sublayers instead"
             )
     return found
+
+
+def spelt_out(config: Any, depth: int, kept: Sequence[int]) -> Edits:
+    """Lists of words that are repeated over the layers (`block_types`), with one entry for each that remains."""
+    found: Edits = {}
+    for key, value in fields(config).items():
+        words = isinstance(value, list | tuple) and all(isinstance(v, str) for v in value)
+        if words and 1 < len(value) < depth and COUNTING.search(key):
+            found[key] = [list(value), [value[i % len(value)] for i in kept]]
+    return found
+
+
+def _multiple(data: Mapping[str, Any], key: str, depth: int, left: int) -> Edits:
+    """The standard count where it is a multiple of the one that counts (two attentions in a layer)."""
+    value: Any = data.get(STANDARD)
+    if key == STANDARD or not _whole(value) or value == depth or value % depth:
+        return {}
+    return {STANDARD: [value, value // depth * left]}
 
 
 def told_apart(config: Any, depth: int, one: int, other: int) -> bool:
@@ -133,12 +155,12 @@ def _repeats(key: str, value: Any) -> bool:
     return any(w in key for w in PERIODIC) and _whole(value) and value > 1
 
 
-def _indexes(key: str, value: Any, depth: int) -> bool:
+def _indexes(key: str, value: Any, depth: int, first: int = 0) -> bool:
     return (
         isinstance(value, list | tuple)
         and key.endswith(INDEX_SUFFIXES)
         and len(value) < depth
-        and all(_whole(v) and 0 <= v < depth for v in value)
+        and all(_whole(v) and first <= v < depth + first for v in value)
         and len(set(value)) == len(value)
     )
 
@@ -166,6 +188,27 @@ def index_attributes(blocks: Sequence[nn.Module], places: Sequence[int] | None =
 
 def _numbers(places: list[int], values: list[int]) -> bool:
     return values in (places, list(range(len(values))))
+
+
+def index_strides(blocks: Sequence[nn.Module], places: Sequence[int] | None = None) -> dict[str, tuple[int, int]]:
+    """Attributes that count the parts of blocks: name → (a, b), where it is a · number + b with 0 ≤ b < a, a > 1.
+
+    As of a block that holds two cache entries. Their names must say what they are.
+    """
+    found: dict[str, list[tuple[int, int]]] = {}
+    for place, block in zip(places or range(len(blocks)), blocks, strict=True):
+        for path, module in block.named_modules():
+            for name, value in vars(module).items():
+                if _whole(value) and name.endswith(RANK_SUFFIXES) and not name.startswith("_"):
+                    found.setdefault(f"{path}.{name}" if path else name, []).append((place, value))
+    strides: dict[str, tuple[int, int]] = {}
+    for key, pairs in found.items():
+        (first, start), (second, end) = (*pairs, *pairs)[:2]
+        step = (end - start) // (second - first) if second > first else 0
+        shift = start - step * first
+        if step > 1 and 0 <= shift < step and all(value == step * place + shift for place, value in pairs):
+            strides[key] = (step, shift)
+    return strides
 
 
 def config_path(model: nn.Module, config: Any) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lamina.anatomy.config import COUNTING, STANDARD, Edits, counts, edits, fields, tree
+from lamina.anatomy.config import COUNTING, STANDARD, Count, Edits, counts, edits, fields, spelt_out, tree
 from lamina.core.errors import UnsupportedError
 
 Shapes = dict[str, tuple[int, ...]]
@@ -24,12 +24,14 @@ class Change:
 
     `path` leads from the model's config to the one that is edited; `copies` are the paths of modules that hold a
     config of their own, made from it, and what changes there; `held` those that hold numbers taken from it.
+    `sliced` are the tensors outside the stack that hold a part for each layer, one after the other, with the dimension.
     """
 
     path: tuple[str, ...] = ()
     edits: Edits = field(default_factory=dict[str, list[Any]])
     copies: Mapping[str, Edits] = field(default_factory=dict[str, Edits])
     held: Mapping[str, Edits] = field(default_factory=dict[str, Edits])
+    sliced: Mapping[str, int] = field(default_factory=dict[str, int])
 
 
 def dense_class(model: nn.Module) -> type:
@@ -105,15 +107,25 @@ class _Trial:
         if not known:
             raise self.refusal
         one, built = known[max(known)]
-        self._check_sizes(shapes(built))
-        return replace(one, copies=self._copies(built), held=self._held(built))
+        sliced = self._slices(shapes(built))
+        return replace(one, copies=self._copies(built), held=self._held(built, sliced), sliced=sliced)
 
-    def _check_sizes(self, theirs: Shapes) -> None:
-        """Outside the stack nothing may be as wide as there are layers: it would have to be cut as well."""
-        inside = f"{self.path}."
-        other = [k for k, v in self.shapes.items() if not k.startswith(inside) and theirs.get(k, v) != v]
-        if other:
-            raise UnsupportedError(f"{other[0]} has a size that depends on the number of layers", where=self.path)
+    def _slices(self, theirs: Shapes) -> dict[str, int]:
+        """Tensors outside the stack that hold a part for each layer → the dimension.
+
+        Raises UnsupportedError where one differs otherwise.
+        """
+        found: dict[str, int] = {}
+        for name, shape in self.shapes.items():
+            other = theirs.get(name, shape)
+            if name.startswith(f"{self.path}.") or other == shape:
+                continue
+            differing = [d for d, (a, b) in enumerate(zip(shape, other, strict=False)) if a != b]
+            whole = len(shape) == len(other) and len(differing) == 1
+            if not whole or shape[differing[0]] * len(self.kept) != other[differing[0]] * self.depth:
+                raise UnsupportedError(f"{name} has a size that depends on the number of layers", where=self.path)
+            found[name] = differing[0]
+        return found
 
     def _likeliest(self) -> Change:
         """Where the class can't be built here: the field that has the usual name, or the only one."""
@@ -132,13 +144,24 @@ class _Trial:
         near = self._above()
         for path, config in sorted(tree(self.root), key=lambda p: near.get(id(p[1]), len(near))):
             for count in counts(config, self.depth):
-                try:
-                    whole = edits(config, self.depth, self.kept, where=self.path, count=count)
-                except UnsupportedError as error:
-                    self.refusal = error
-                    continue
-                for left in (None, *(k for k in whole if k != count[0])):
-                    yield Change(path, {k: v for k, v in whole.items() if k != left})
+                for whole in self._readings(config, count):
+                    if spelt := spelt_out(config, self.depth, self.kept):
+                        yield Change(path, whole | spelt)
+                    for left in (None, *(k for k in whole if k != count[0])):
+                        yield Change(path, {k: v for k, v in whole.items() if k != left})
+
+    def _readings(self, config: Any, count: Count) -> Iterator[Edits]:
+        """The edits of one config where this field counts: its lists of layers count them from 0, or from 1."""
+        found: list[Edits] = []
+        for first in (0, 1):
+            try:
+                whole = edits(config, self.depth, self.kept, where=self.path, count=count, first=first)
+            except UnsupportedError as error:
+                self.refusal = error
+                continue
+            if whole not in found:
+                found.append(whole)
+                yield whole
 
     def _above(self) -> dict[int, int]:
         """The configs of the modules above the stack: id → how far above."""
@@ -169,11 +192,11 @@ class _Trial:
         if len(layers) != len(self.kept):
             return 0
         inside = f"{self.path}."
-        mine, theirs = ({k: v for k, v in s.items() if not k.startswith(inside)} for s in (self.shapes, shapes(built)))
+        mine, theirs = ({k for k in s if not k.startswith(inside)} for s in (self.shapes, shapes(built)))
         own = list(self.model.get_submodule(self.path).children())
         cut = ("Gone", "Group")
         alike = all(
-            shapes(own[old]) == shapes(layer)
+            shapes(own[old]) == shapes(layer) and _nature(own[old]) == _nature(layer)
             for old, layer in zip(self.kept, layers, strict=True)
             if not any(type(m).__name__ in cut for m in own[old].modules())
         )
@@ -194,22 +217,27 @@ class _Trial:
                 found[path] = differing
         return found
 
-    def _held(self, built: nn.Module) -> dict[str, Edits]:
-        """What changes in the plain attributes of modules outside the stack that speak of layers."""
+    def _held(self, built: nn.Module, sliced: Mapping[str, int]) -> dict[str, Edits]:
+        """What changes in the plain attributes of modules outside the stack that speak of layers.
+
+        Of those whose tensors are `sliced`, all that changes.
+        """
         found: dict[str, Edits] = {}
         others = dict(built.named_modules())
+        owners = {name.rpartition(".")[0] for name in sliced}
         for path, module in self.model.named_modules():
             if path in others and not path.startswith(f"{self.path}."):
                 mine, theirs = (
-                    {k: v for k, v in vars(m).items() if COUNTING.search(k) and not k.startswith("_") and _plain(v)}
+                    {k: v for k, v in vars(m).items() if not k.startswith("_") and _plain(v)}
                     for m in (module, others[path])
                 )
-                if differing := self._differing(mine, theirs):
+                speak = {k: v for k, v in mine.items() if path in owners or COUNTING.search(k)}
+                if differing := self._differing(speak, theirs, sure=path in owners):
                     found[path] = differing
         return found
 
-    def _differing(self, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> Edits:
-        """Fields of two configs that differ and speak of layers."""
+    def _differing(self, mine: Mapping[str, Any], theirs: Mapping[str, Any], *, sure: bool = False) -> Edits:
+        """Fields of two configs that differ and speak of layers (`sure`: any that differ)."""
         found: Edits = {}
         for key, old in mine.items():
             new = theirs.get(key)
@@ -217,9 +245,18 @@ class _Trial:
                 continue
             if isinstance(old, list | tuple):
                 found[key] = [list(old), list(theirs[key])]
-            elif isinstance(old, Mapping) or COUNTING.search(key):
+            elif sure or isinstance(old, Mapping) or COUNTING.search(key):
                 found[key] = [old, new]
         return found
+
+
+def _nature(module: nn.Module) -> list[tuple[str, Any]]:
+    """The classes inside a module, and the words, factors and switches that they hold."""
+    found: list[tuple[str, Any]] = []
+    for path, inner in module.named_modules():
+        held = {k: v for k, v in vars(inner).items() if type(v) in (float, bool, str) and not k.startswith("_")}
+        found.append((path, (type(inner).__name__, {k: v for k, v in held.items() if k not in MODES})))
+    return found
 
 
 def _plain(value: Any) -> bool:
@@ -229,5 +266,6 @@ def _plain(value: Any) -> bool:
     return type(value) is int
 
 
+MODES = ("training", "gradient_checkpointing")
 FITS = {(False, False): 1, (False, True): 2, (True, False): 3, (True, True): 4}
 """(all outside the stack is as it was, the layers are those that remain) → rank."""

@@ -31,6 +31,10 @@ MOVES = frozenset(
 """Ops that put the numbers of their first input elsewhere: zeros stay zeros."""
 
 
+PUTS = frozenset({aten.index_put, aten.index_put_})
+"""Put their third input into places of the first."""
+
+
 MIXES = frozenset({aten.bmm, aten.matmul})
 """Of several streams by factors that depend on them, where they stand second."""
 

@@ -162,6 +162,7 @@ class Stack:
     """A run of blocks that share one residual stream.
 
     `index` are the attributes (module path and name, relative to the block) that hold the block's number,
+    `strides` those that hold a · number + b (name → (a, b)), as where a block has several cache entries;
     `owner` is the path of the module whose config speaks of this stack. `linked`: each block gets the very stream that
     the one before hands on.
     """
@@ -173,6 +174,7 @@ class Stack:
     index: tuple[str, ...] = ()
     width: int = 0
     linked: bool = True
+    strides: Mapping[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])
 
 
 @dataclass(frozen=True)

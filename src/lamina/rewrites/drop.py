@@ -12,7 +12,7 @@ from lamina.core.registry import rewrite
 from lamina.core.sites import SUBLAYERS, Kind
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import nn
 
@@ -134,6 +134,8 @@ def structure(anatomy: Anatomy, stack: Stack, gone: frozenset[str]) -> dict[str,
     said = change(anatomy.model, stack.path, list(kept.values()))
     if others:
         _check_first(anatomy, stack, gone, own, kept)
+    if said.sliced:
+        _check_slices(anatomy, stack, whole, kept, said.sliced)
     return {
         "format": 1,
         "kind": "drop",
@@ -145,16 +147,18 @@ def structure(anatomy: Anatomy, stack: Stack, gone: frozenset[str]) -> dict[str,
         **({"first": sorted(own)} if others else {}),
         "stream": stack.blocks[0].stream,
         "index": list(stack.index),
+        **({"strides": {k: list(v) for k, v in stack.strides.items()}} if stack.strides else {}),
         "config_path": list(said.path),
         "config": said.edits,
         "copies": dict(said.copies),
         "held": dict(said.held),
+        **({"sliced": dict(said.sliced), "kept": list(kept.values())} if said.sliced else {}),
     }
 
 
 def _entries(anatomy: Anatomy, stack: Stack) -> tuple[set[str], set[str]]:
     """The cores that hold a cache entry: those that count the tokens, and others (cross-attention, convolutions)."""
-    numbered = {key.rpartition(".")[0] for key in stack.index}
+    numbered = {key.rpartition(".")[0] for key in (*stack.index, *stack.strides)}
     own = {x.core for b in stack.blocks for x in b.branches if x.cached}
     others = set[str]()
     for block in stack.blocks:
@@ -191,6 +195,50 @@ def _kept(anatomy: Anatomy, stack: Stack, gone: frozenset[str], cached: set[str]
         if len(cut) < len(block.branches) and (bare or holds_cache(module, cached - cut)):
             kept[number] = rank
     return kept
+
+
+def _check_slices(
+    anatomy: Anatomy, stack: Stack, whole: Sequence[int], kept: Mapping[int, int], sliced: Mapping[str, int]
+) -> None:
+    """Each layer has a part of its own in tensors outside the stack: those of layers that are gone serve no other.
+
+    Shown by other numbers in their parts, which change nothing where the layers are gone. Raises UnsupportedError.
+    """
+    import torch
+
+    from lamina.anatomy.stacks import call, evaluating
+    from lamina.anatomy.trial import ablated
+
+    name, depth = next(iter(sliced)), len(stack.blocks)
+    if len(kept) + len(whole) != depth:
+        hint = "drop whole blocks, or sublayers without a cache entry"
+        raise UnsupportedError(f"{name} has a part for each layer, cache entry or not", where=stack.path, hint=hint)
+    model = anatomy.model
+    held = {n: model.get_parameter(n).data for n in sliced}
+    if any(t.is_meta for t in held.values()):
+        return
+    with evaluating(model), ablated(model, anatomy, [stack.blocks[n].site.id for n in whole]):
+        before = _outputs(call(model, anatomy.sample))
+        try:
+            for n, tensor in held.items():
+                parts = tensor.clone().unflatten(sliced[n], (depth, -1))
+                places = torch.tensor(list(whole), device=tensor.device)
+                parts.index_add_(sliced[n], places, torch.ones_like(parts.index_select(sliced[n], places)))
+                model.get_parameter(n).data = parts.flatten(sliced[n], sliced[n] + 1)
+            after = _outputs(call(model, anatomy.sample))
+        finally:
+            for n, tensor in held.items():
+                model.get_parameter(n).data = tensor
+    if not all(torch.equal(a, b) for a, b in zip(before, after, strict=True)):
+        raise UnsupportedError(f"{name} has no part of its own for each layer", where=stack.path)
+
+
+def _outputs(out: Any) -> list[Any]:
+    """The tensors of a model's output."""
+    from torch import Tensor
+    from torch.utils._pytree import tree_leaves
+
+    return [t for t in tree_leaves(dict(out) if hasattr(out, "keys") else out) if isinstance(t, Tensor)]
 
 
 def _check_first(anatomy: Anatomy, stack: Stack, gone: frozenset[str], own: set[str], kept: dict[int, int]) -> None:

@@ -138,23 +138,44 @@ def _drop(model, step):
         core = Gone(branch["stream"], branch["returns"], branch.get("joins", False), width, keeps)
         block.set_submodule(branch["core"], core.train(block.training))
         for path in branch["own"]:
-            gone = Gone(width=widths[path]) if path in widths else nn.Identity()
+            gone = Gone(width=widths[path]) if path in widths else _passing(block.get_submodule(path))
             block.set_submodule(path, gone.train(block.training))
     gone = set(step["blocks"])
     blocks = [block for number, block in enumerate(blocks) if number not in gone]
     counted = [id(b) in bare or holds_cache(b, step["cached"]) for b in blocks]
     layers = _regroup(blocks, counted, step["stream"])
-    _renumber(layers, step["index"], step.get("first", ()))
+    strides = dict.fromkeys(step["index"], (1, 0)) | step.get("strides", {})
+    _renumber(layers, strides, step.get("first", ()))
     for name in list(stack._modules):
         del stack._modules[name]
     for number, layer in enumerate(layers):
         stack.add_module(str(number), layer)
+    for name, dim in step.get("sliced", {}).items():
+        _slice(model, name, dim, step["kept"], step["depth"])
     if step["config"]:
         edit(_owned(model.config, step), step["config"], after=True)
     for path, edits in step.get("copies", {}).items():
         edit(model.get_submodule(path).config, edits, after=True)
     for path, edits in step.get("held", {}).items():
         edit(model.get_submodule(path), edits, after=True)
+
+
+def _slice(model, name, dim, kept, depth):
+    """Keep the parts of the layers `kept` of a tensor that holds one for each of `depth` along `dim`."""
+    path, _, last = name.rpartition(".")
+    module = model.get_submodule(path)
+    tensor = getattr(module, last)
+    places = torch.tensor(kept, device=tensor.device)
+    parts = tensor.detach().unflatten(dim, (depth, -1)).index_select(dim, places).flatten(dim, dim + 1)
+    setattr(module, last, nn.Parameter(parts.contiguous(), requires_grad=tensor.requires_grad))
+
+
+def _passing(module):
+    """Stands where a norm stood. Some models ask a norm for its weight's type: there's an empty one, never stored."""
+    stands = nn.Identity()
+    if isinstance(weight := getattr(module, "weight", None), torch.Tensor):
+        stands.register_buffer("weight", weight.detach().new_empty(0), persistent=False)
+    return stands
 
 
 def holds_cache(block, cached):
@@ -181,18 +202,21 @@ def _regroup(blocks, counted, stream):
     return [members[0] if len(members) == 1 else Group(members, main, stream) for main, members in layers]
 
 
-def _renumber(layers, index, first):
-    """Number the layers in order; but the cache's first entry goes to the first that has any of the modules `first`."""
+def _renumber(layers, strides, first):
+    """Number the layers in order; but the cache's first entry goes to the first that has any of the modules `first`.
+
+    Each attribute gets a · number + b by its `strides`: path → (a, b).
+    """
     numbers = list(range(len(layers)))
     lead = next((n for n, layer in enumerate(layers) if any(holds_cache(b, first) for b in flat([layer]))), 0)
     numbers[0], numbers[lead] = numbers[lead], numbers[0]
     for number, layer in zip(numbers, layers, strict=True):
         for block in flat([layer]):
             modules = dict(block.named_modules())
-            for key in index:
+            for key, (each, shift) in strides.items():
                 path, _, name = key.rpartition(".")
                 if path in modules and hasattr(modules[path], name):
-                    setattr(modules[path], name, number)
+                    setattr(modules[path], name, each * number + shift)
 
 
 def edit(config, edits, *, after):
@@ -298,6 +322,8 @@ def _thin_model(config, entry):
 
     auto = next((name for name in config.auto_map if name.startswith("AutoModel")), "AutoModel")
     names = {"__init__": __init__, "__module__": entry.__module__, "config_class": type(config)}
+    if hasattr(base, "is_custom_code"):  # numbers that are not stored are made as the dense class makes them
+        names["is_custom_code"] = classmethod(lambda _: base.is_custom_code())
     thin = type(f"Lamina{base.__name__}", (base,), names)
     thin._auto_class = auto
     return thin

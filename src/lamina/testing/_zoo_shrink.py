@@ -102,11 +102,10 @@ def _merged(one: Mapping[str, Any], two: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _representative(depth: int, lists: Sequence[Sequence[Any]]) -> list[int]:
-    """Up to four layers, in order, that show as many kinds of layer as they can."""
+    """Up to four layers, in order, that show as many kinds of layer as they can, each kind as often as the others."""
     kinds = [tuple(map(str, (v[i] for v in lists))) for i in range(depth)]
-    firsts = [kinds.index(k) for k in dict.fromkeys(kinds)][:DEPTH]
-    rest = [i for i in range(depth) if i not in firsts]
-    return sorted(firsts + rest[: DEPTH - len(firsts)])
+    turns = [kinds[:i].count(kind) for i, kind in enumerate(kinds)]
+    return sorted(sorted(range(depth), key=lambda i: (turns[i], i))[:DEPTH])
 
 
 def _below(values: Sequence[Any], depth: int) -> bool:

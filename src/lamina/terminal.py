@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -216,7 +217,8 @@ def print_coverage(
     if not parts:
         wanted = coverage.names(libraries or coverage.LIBRARIES, only, shard or "1/1")
         shown = _Lines()
-        rows = coverage.run(wanted, progress=lambda _, done, total: shown.show("examining", done, total))
+        told = lambda _, done, total: shown.show("examining", done, total)  # noqa: E731
+        rows = coverage.run(wanted, progress=told, jobs=os.cpu_count() or 1)
         versions = coverage.versions(rows)
     elif libraries or only or shard:
         raise InputError("parts are put together as they are", hint="without --library, --only and --shard")

@@ -36,9 +36,12 @@ class Process:
         self._process: subprocess.Popen[str] | None = None
         self._answers: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._started = 0
+        self._closed = False
 
     def ask(self, job: Mapping[str, Any], limit: float) -> Iterator[dict[str, Any]]:
         """What the worker answers to one job, within `limit` seconds in all. Raises WorkerError."""
+        if self._closed:
+            raise WorkerError("the run was ended")
         process = self._process or self._start()
         until = monotonic() + limit
         try:
@@ -78,6 +81,11 @@ class Process:
         self._process, self._answers = process, queue.SimpleQueue()
         threading.Thread(target=_read, args=(process, self._answers), daemon=True).start()
         return process
+
+    def close(self) -> None:
+        """End the process for good: whoever still asks is told so."""
+        self._closed = True
+        self.stop()
 
     def stop(self) -> int:
         """End the process, by force if it does not end by itself; gives its exit code."""

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import queue
 import re
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -95,25 +98,51 @@ def names(libraries: Iterable[str] = LIBRARIES, only: Sequence[str] = (), shard:
 
 
 def run(
-    specimens: Sequence[str], *, progress: Progress | None = None, source: str = ZOO, limit: float = LIMIT
+    specimens: Sequence[str],
+    *,
+    progress: Progress | None = None,
+    source: str = ZOO,
+    limit: float = LIMIT,
+    jobs: int = 1,
 ) -> list[Row]:
-    """Examine the specimens, in order. `source` is module:function, a function that builds one by its name."""
-    rows: list[Row] = []
+    """Examine the specimens, in order, in `jobs` processes of one thread each.
+
+    `source` is module:function, a function that builds one by its name.
+    """
+    blank = {name: _row(name) for name in specimens}
     seen: set[str] = set()
+    lock = threading.Lock()
 
     def done(name: str) -> None:
-        seen.add(name)
-        if progress is not None:
-            progress(name, len(seen), len(specimens))
+        with lock:
+            seen.add(name)
+            if progress is not None:
+                progress(name, len(seen), len(specimens))
 
     with tempfile.TemporaryDirectory(prefix="lamina-coverage-") as folder:
-        process = Process(source, Path(folder))
+        processes = [Process(source, Path(folder) / str(n)) for n in range(max(jobs, 1))]
+        idle: queue.SimpleQueue[Process] = queue.SimpleQueue()
+        for process in processes:
+            process.folder.mkdir()
+            idle.put(process)
+
+        def examined(batch: Sequence[str]) -> list[Row]:
+            process = idle.get()
+            try:
+                return _Batch(process, {name: blank[name] for name in batch}, limit, done).rows()
+            finally:
+                idle.put(process)
+
+        size = max(min(BATCH, -(-len(specimens) // len(processes))), 1)
+        batches = [specimens[start : start + size] for start in range(0, len(specimens), size)]
+        pool = ThreadPoolExecutor(len(processes))
         try:
-            for start in range(0, len(specimens), BATCH):
-                rows += _Batch(process, specimens[start : start + BATCH], limit, done).rows()
+            return [row for rows in pool.map(examined, batches) for row in rows]
         finally:
-            process.stop()
-    return rows
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in processes:
+                process.close()
+            pool.shutdown()
 
 
 def _row(name: str) -> Row:
@@ -125,21 +154,21 @@ def _row(name: str) -> Row:
 class _Batch:
     """Some specimens whose checkpoints are loaded together in the end."""
 
-    def __init__(self, process: Process, batch: Sequence[str], limit: float, done: Callable[[str], None]) -> None:
-        self.process, self.batch, self.limit, self.done = process, batch, limit, done
-        self.found = {name: _row(name) for name in batch}
+    def __init__(self, process: Process, blank: Mapping[str, Row], limit: float, done: Callable[[str], None]) -> None:
+        self.process, self.blank, self.limit, self.done = process, blank, limit, done
+        self.found = dict(blank)
 
     def rows(self) -> list[Row]:
         """All cells of all of them."""
-        while waiting := [n for n in self.batch if not self.found[n].whole]:
+        while waiting := [n for n in self.blank if not self.found[n].whole]:
             if self._examined(waiting):
                 self._reload([n for n in waiting if not self.found[n].whole])
-        return [self.found[n] for n in self.batch]
+        return list(self.found.values())
 
     def _examined(self, waiting: Sequence[str]) -> bool:
         """Whether the worker lived through it. If not, what waits for the contracts is lost with it."""
         for name in waiting:
-            self.found[name] = _row(name)
+            self.found[name] = self.blank[name]
             alive = self._ask({"name": name}, self.limit)
             self.done(name)
             if not alive:
@@ -156,7 +185,8 @@ class _Batch:
             self.found[waiting[0]] = self.found[waiting[0]].ended(self.why)
         else:
             for name in waiting:
-                (self.found[name],) = _Batch(self.process, [name], self.limit, self.done).rows()
+                alone = {name: self.blank[name]}
+                (self.found[name],) = _Batch(self.process, alone, self.limit, self.done).rows()
 
     def _ask(self, job: Mapping[str, Any], limit: float) -> bool:
         try:

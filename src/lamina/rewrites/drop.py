@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from lamina.anatomy import Anatomy, Stack
-    from lamina.anatomy.parts import Branch
+    from lamina.anatomy.parts import Block, Branch
     from lamina.core.sites import Cost
     from lamina.lab import Lab
 
@@ -126,21 +126,21 @@ def structure(anatomy: Anatomy, stack: Stack, gone: frozenset[str]) -> dict[str,
     from lamina.anatomy.counting import change
 
     own, others = _entries(anatomy, stack)
-    whole = [n for n, b in enumerate(stack.blocks) if all(x.site.id in gone for x in b.branches)]
-    branches = [
-        _branch(n, x) for n, b in enumerate(stack.blocks) for x in b.branches if x.site.id in gone and n not in whole
-    ]
-    kept = _kept(anatomy, stack, gone, own | others)
+    elements = _elements(anatomy, stack)
+    blocks = {n: b for n, (_, _, b) in enumerate(elements) if b is not None}
+    whole = [n for n, b in blocks.items() if all(x.site.id in gone for x in b.branches)]
+    branches = [_branch(n, x) for n, b in blocks.items() for x in b.branches if x.site.id in gone and n not in whole]
+    kept = _kept(elements, gone, own | others)
     said = change(anatomy.model, stack.path, list(kept.values()))
     if others:
-        _check_first(anatomy, stack, gone, own, kept)
+        _check_first(anatomy, stack, {n: b for n, b in blocks.items() if n in kept}, gone, own, kept)
     if said.sliced:
-        _check_slices(anatomy, stack, whole, kept, said.sliced)
+        _check_slices(anatomy, stack, [blocks[n].site.id for n in whole], kept, said.sliced)
     return {
         "format": 1,
         "kind": "drop",
         "stack": stack.path,
-        "depth": len(stack.blocks),
+        "depth": len(elements),
         "blocks": whole,
         "branches": branches,
         "cached": sorted(own | others),
@@ -175,30 +175,45 @@ def _takes_cache(module: nn.Module) -> bool:
     return any("past" in name or "cache" in name for name in inspect.signature(module.forward).parameters)
 
 
-def _kept(anatomy: Anatomy, stack: Stack, gone: frozenset[str], cached: set[str]) -> dict[int, int]:
-    """Which of the layers that the config counts remain: number of the block that stands for one → which it was.
+_Element = tuple[int, Any, "Block | None"]
+"""One of a container's modules, groups opened: the rank of the layer it belongs to, itself, and which block it is."""
 
-    A layer is a block that holds a cache entry, with those beside it that lost theirs; or one that never had any.
-    Raises UnsupportedError where the blocks are not the container's elements.
+
+def _elements(anatomy: Anatomy, stack: Stack) -> list[_Element]:
+    """What the stack's container holds: the blocks, and perhaps others (the first of a stage, which narrows).
+
+    Raises UnsupportedError where a block is not an element of it.
     """
-    from lamina.rewrites.structure import flat, grouped, holds_cache
+    from lamina.rewrites.structure import flat
 
-    elements = list(anatomy.model.get_submodule(stack.path).children())
-    layers = [(rank, grouped(e), block) for rank, e in enumerate(elements) for block in flat([e])]
-    paths = [anatomy.model.get_submodule(b.path) for b in stack.blocks]
-    if [block for _, _, block in layers] != paths:
-        raise UnsupportedError("the blocks are not all that the container holds", where=stack.path)
+    blocks = {id(anatomy.model.get_submodule(b.path)): b for b in stack.blocks}
+    children = anatomy.model.get_submodule(stack.path).children()
+    found = [(rank, m, blocks.get(id(m))) for rank, element in enumerate(children) for m in flat([element])]
+    if [b for _, _, b in found if b is not None] != list(stack.blocks):
+        raise UnsupportedError("the blocks are not the container's own, in order", where=stack.path)
+    return found
+
+
+def _kept(elements: Sequence[_Element], gone: frozenset[str], cached: set[str]) -> dict[int, int]:
+    """Which of the layers that the config counts remain: number of the element that stands for one → which it was.
+
+    A layer is an element that holds a cache entry, with those beside it that lost theirs; or one that never had any.
+    """
+    from lamina.rewrites.structure import holds_cache
+
+    ranks = [rank for rank, _, _ in elements]
     kept: dict[int, int] = {}
-    for number, ((rank, group, module), block) in enumerate(zip(layers, stack.blocks, strict=True)):
-        cut = {x.core for x in block.branches if x.site.id in gone}
-        bare = not group and not holds_cache(module, cached)
-        if len(cut) < len(block.branches) and (bare or holds_cache(module, cached - cut)):
+    for number, (rank, module, block) in enumerate(elements):
+        branches = () if block is None else block.branches
+        cut = {x.core for x in branches if x.site.id in gone}
+        bare = ranks.count(rank) == 1 and not holds_cache(module, cached)
+        if block is None or (len(cut) < len(branches) and (bare or holds_cache(module, cached - cut))):
             kept[number] = rank
     return kept
 
 
 def _check_slices(
-    anatomy: Anatomy, stack: Stack, whole: Sequence[int], kept: Mapping[int, int], sliced: Mapping[str, int]
+    anatomy: Anatomy, stack: Stack, whole: Sequence[str], kept: Mapping[int, int], sliced: Mapping[str, int]
 ) -> None:
     """Each layer has a part of its own in tensors outside the stack: those of layers that are gone serve no other.
 
@@ -209,7 +224,8 @@ def _check_slices(
     from lamina.anatomy.stacks import call, evaluating
     from lamina.anatomy.trial import ablated
 
-    name, depth = next(iter(sliced)), len(stack.blocks)
+    name, places = next(iter(sliced)), [n for n, b in enumerate(stack.blocks) if b.site.id in whole]
+    depth = len(stack.blocks)
     if len(kept) + len(whole) != depth:
         hint = "drop whole blocks, or sublayers without a cache entry"
         raise UnsupportedError(f"{name} has a part for each layer, cache entry or not", where=stack.path, hint=hint)
@@ -217,13 +233,13 @@ def _check_slices(
     held = {n: model.get_parameter(n).data for n in sliced}
     if any(t.is_meta for t in held.values()):
         return
-    with evaluating(model), ablated(model, anatomy, [stack.blocks[n].site.id for n in whole]):
+    with evaluating(model), ablated(model, anatomy, whole):
         before = _outputs(call(model, anatomy.sample))
         try:
             for n, tensor in held.items():
                 parts = tensor.clone().unflatten(sliced[n], (depth, -1))
-                places = torch.tensor(list(whole), device=tensor.device)
-                parts.index_add_(sliced[n], places, torch.ones_like(parts.index_select(sliced[n], places)))
+                theirs = torch.tensor(places, device=tensor.device)
+                parts.index_add_(sliced[n], theirs, torch.ones_like(parts.index_select(sliced[n], theirs)))
                 model.get_parameter(n).data = parts.flatten(sliced[n], sliced[n] + 1)
             after = _outputs(call(model, anatomy.sample))
         finally:
@@ -241,14 +257,21 @@ def _outputs(out: Any) -> list[Any]:
     return [t for t in tree_leaves(dict(out) if hasattr(out, "keys") else out) if isinstance(t, Tensor)]
 
 
-def _check_first(anatomy: Anatomy, stack: Stack, gone: frozenset[str], own: set[str], kept: dict[int, int]) -> None:
+def _check_first(
+    anatomy: Anatomy,
+    stack: Stack,
+    blocks: Mapping[int, Block],
+    gone: frozenset[str],
+    own: set[str],
+    kept: Mapping[int, int],
+) -> None:
     """A cache is measured by its first entry: where the first layer has none of that kind, another takes its number.
 
     Raises UnsupportedError where the config tells the two apart.
     """
     from lamina.anatomy.config import told_apart
 
-    measuring = [n for n in kept if any(x.core in own and x.site.id not in gone for x in stack.blocks[n].branches)]
+    measuring = [n for n, b in blocks.items() if any(x.core in own and x.site.id not in gone for x in b.branches)]
     lead, first = kept[measuring[0]], next(iter(kept.values()))
     depth = len(list(anatomy.model.get_submodule(stack.path).children()))
     if told_apart(getattr(anatomy.model, "config", None), depth, first, lead):

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from lamina.anatomy.config import edits, index_attributes, owner_of
-from lamina.core.errors import UnsupportedError
+from lamina.anatomy.config import edits, index_attributes, owner_of, repeated
 from lamina.testing.models import config, tiny
 
 
@@ -40,12 +39,10 @@ def test_lists_of_indices_are_remapped() -> None:
     assert after(made, 6, [2, 3])["mlp_only_layers"] == []
 
 
-def test_periodic_rules_are_refused_unless_the_list_is_written_out() -> None:
-    with pytest.raises(UnsupportedError, match="layer_pattern = 2"):
-        edits(Config(num_hidden_layers=4, layer_pattern=2), 4, [0, 2])
-    found = after(Config(num_hidden_layers=4, layer_pattern=2, layer_types=list("abab")), 4, [0, 2])
-    assert found == {"num_hidden_layers": 2, "layer_types": ["a", "a"]}
-    assert after(Config(num_hidden_layers=4, moe_layer_freq=1), 4, [0, 2]) == {"num_hidden_layers": 2}
+def test_periodic_rules_are_found_unless_the_list_is_written_out() -> None:
+    assert repeated(Config(num_hidden_layers=4, layer_pattern=2), 4) == ("layer_pattern", 2)
+    assert repeated(Config(num_hidden_layers=4, layer_pattern=2, layer_types=list("abab")), 4) is None
+    assert repeated(Config(num_hidden_layers=4, moe_layer_freq=1), 4) is None
 
 
 @pytest.mark.parametrize(

@@ -144,6 +144,15 @@ def test_words_repeated_over_the_layers_are_spelt_out() -> None:
     assert found.edits == {"block_types": [["recurrent", "attention"], ["recurrent", "recurrent", "attention"]]}
 
 
+def test_a_rule_that_repeats_must_still_hold() -> None:
+    """Jamba's layers take turns: two that follow one another may go, one may not."""
+    model, sample = specimen("jamba")
+    (problem,) = Drop().check(Step(rewrite="drop", sites=("block.1",)), Anatomy.of(model, sample))
+    assert problem.what == "config field expert_layer_period = 2 repeats over the layers"
+    drop(model, sample, "block.1", "block.2")
+    assert model.config.num_hidden_layers == 2
+
+
 def test_lists_of_layers_may_count_from_one() -> None:
     """Which it is, the modules that are built tell."""
     model, _ = specimen("qwen4_exp_text")
@@ -217,3 +226,18 @@ def test_counts_name_the_standard_field_first() -> None:
     assert counts(model.config, LAYERS)[0] == ("num_layers", None)
     assert ("num_decoder_layers", None) in counts(model.config, LAYERS)
     assert owner_of(model, "decoder.block", LAYERS) == "decoder"
+
+
+def test_what_something_else_reads_may_not_go() -> None:
+    """Here the model itself takes the first block's stream to the end."""
+
+    class Skipping(LlamaForCausalLM):
+        def forward(self, input_ids: Tensor, **_: Any) -> Any:
+            states = self.model(input_ids, output_hidden_states=True, use_cache=False).hidden_states
+            return {"logits": self.lm_head(states[-1] + states[1])}
+
+    model = Skipping(LlamaConfig(num_hidden_layers=LAYERS, vocab_size=99, **WIDTH)).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    with pytest.raises(UnsupportedError, match=r"block\.0: dropped, it gives an output .* off that of the model"):
+        drop(model, {"input_ids": torch.arange(3, 10)[None]}, "block.0")

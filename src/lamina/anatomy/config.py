@@ -78,13 +78,10 @@ def counts(config: Any, depth: int) -> list[Count]:
     return sorted(found, key=lambda c: (c[0] != standard, c[1] is not None)) + ([("", None)] if listed else [])
 
 
-def edits(
-    config: Any, depth: int, kept: Sequence[int], where: str = "", count: Count | None = None, first: int = 0
-) -> Edits:
+def edits(config: Any, depth: int, kept: Sequence[int], count: Count | None = None, first: int = 0) -> Edits:
     """What must change when only the layers `kept` remain of `depth`; the config itself is left alone.
 
     `count` is the field that counts them, `first` the number of the first layer in lists of layers.
-    Raises UnsupportedError where a periodic rule can't express the result.
     """
     found: Edits = {}
     data = fields(config)
@@ -95,7 +92,6 @@ def edits(
     if key:
         found[key] = [depth, len(kept)]
         found |= _multiple(data, key, depth, len(kept))
-    explicit = any(isinstance(v, list | tuple) and len(v) == depth for v in data.values())
     for key, value in data.items():
         if isinstance(value, list | tuple) and len(value) == depth and depth > 1:
             found[key] = [list(value), [value[i] for i in kept]]
@@ -104,10 +100,6 @@ def edits(
         elif isinstance(value, Mapping) and _by_layer(value):
             held = {int(k): v for k, v in value.items()}
             found[key] = [dict(value), {str(new): held[old] for new, old in enumerate(kept) if old in held}]
-        elif not explicit and _repeats(key, value):
-            raise UnsupportedError(
-                f"config field {key} = {value} repeats over the layers", where=where, hint="drop sublayers instead"
-            )
     return found
 
 
@@ -150,9 +142,13 @@ def _by_layer(value: Any) -> bool:
     )
 
 
-def _repeats(key: str, value: Any) -> bool:
-    """Whether the field is a period over the layers (`layer_pattern = 4`)."""
-    return any(w in key for w in PERIODIC) and _whole(value) and value > 1
+def repeated(config: Any, depth: int) -> tuple[str, int] | None:
+    """A field that is a period over the layers (`layer_pattern = 4`), where no list says what each layer is."""
+    data = fields(config)
+    if any(isinstance(v, list | tuple) and len(v) == depth for v in data.values()):
+        return None
+    periods = ((k, v) for k, v in data.items() if any(w in k for w in PERIODIC) and _whole(v) and v > 1)
+    return next(periods, None)
 
 
 def _indexes(key: str, value: Any, depth: int, first: int = 0) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lamina.anatomy.config import COUNTING, STANDARD, Count, Edits, counts, edits, fields, spelt_out, tree
+from lamina.anatomy.config import COUNTING, STANDARD, Count, Edits, counts, edits, fields, repeated, spelt_out, tree
 from lamina.core.errors import UnsupportedError
 
 Shapes = dict[str, tuple[int, ...]]
@@ -90,7 +90,6 @@ class _Trial:
         self.model, self.path, self.kept, self.depth = model, path, kept, depth
         self.root: Any = model.config
         self.shapes = shapes(model)
-        self.refusal = UnsupportedError("no config counts this stack's layers", where=path)
 
     def best(self) -> Change:
         """The first edit whose model has all that remains; else the first that counts the stack's layers."""
@@ -105,8 +104,10 @@ class _Trial:
             if fit == len(FITS):
                 break
         if not known:
-            raise self.refusal
+            raise UnsupportedError("no config counts this stack's layers", where=self.path)
         one, built = known[max(known)]
+        if max(known) < len(FITS):
+            self._check_periods(one)
         sliced = self._slices(shapes(built))
         return replace(one, copies=self._copies(built), held=self._held(built, sliced), sliced=sliced)
 
@@ -133,8 +134,18 @@ class _Trial:
         if len({(c.path, next(iter(c.edits))) for c in found}) > 1:
             found = [c for c in found if next(iter(c.edits)) == STANDARD]
         if not found:
-            raise self.refusal
+            raise UnsupportedError("no config counts this stack's layers", where=self.path)
+        self._check_periods(found[0])
         return found[0]
+
+    def _check_periods(self, one: Change) -> None:
+        """What repeats over the layers must not be told by a period, since what remains no longer does."""
+        config = self.root
+        for name in one.path:
+            config = getattr(config, name)
+        if rule := repeated(config, self.depth):
+            what = f"config field {rule[0]} = {rule[1]} repeats over the layers"
+            raise UnsupportedError(what, where=self.path, hint="drop sublayers instead")
 
     def _candidates(self) -> Iterator[Change]:
         """Edits that may be right, the likeliest first: of the nearest config, all that it says of the layers.
@@ -154,11 +165,7 @@ class _Trial:
         """The edits of one config where this field counts: its lists of layers count them from 0, or from 1."""
         found: list[Edits] = []
         for first in (0, 1):
-            try:
-                whole = edits(config, self.depth, self.kept, where=self.path, count=count, first=first)
-            except UnsupportedError as error:
-                self.refusal = error
-                continue
+            whole = edits(config, self.depth, self.kept, count=count, first=first)
             if whole not in found:
                 found.append(whole)
                 yield whole

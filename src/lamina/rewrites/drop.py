@@ -14,12 +14,16 @@ from lamina.core.sites import SUBLAYERS, Kind
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from torch import nn
+    from torch import Tensor, nn
 
     from lamina.anatomy import Anatomy, Stack
     from lamina.anatomy.parts import Block, Branch
     from lamina.core.sites import Cost
     from lamina.lab import Lab
+
+
+SAME = 256, 0.05
+"""How far apart the silenced and the thinned model may be: rounding steps of the largest output, at most that share."""
 
 
 @dataclass(frozen=True)
@@ -68,17 +72,21 @@ class Drop:
     def apply(self, step: Step, lab: Lab) -> Receipt:
         """Drop the sites from `lab.model` in place and find its anatomy anew.
 
-        Raises UnsupportedError, before anything is changed, for the first problem that `check` names.
+        On the anatomy's sample, the model must then answer as the one did in which the sites were silenced on trial.
+        Raises UnsupportedError, before anything is changed, for the first problem that `check` names; and, when the
+        model is spoilt, where it answers otherwise.
         """
         for problem in self.check(step, lab.anatomy):
             raise problem.error()
         before, after = lab.anatomy.total(), self.forecast(step, lab.anatomy)
         gone = lab.anatomy.expand(step.sites)
+        tried = _tried(lab.anatomy, gone)
         steps = [structure(lab.anatomy, k, gone) for k in lab.anatomy.stacks if stack_sites(lab.anatomy, k, gone)]
         receipt = Receipt(
             rewrite="drop", sites=lab.anatomy.collapse(gone), before=before, after=after, structure={"steps": steps}
         )
         self.replay(receipt, lab.model)
+        _expect_same(tried, _answer(lab.anatomy), lab.anatomy.collapse(gone))
         lab.renew()
         return receipt
 
@@ -247,6 +255,46 @@ def _check_slices(
                 model.get_parameter(n).data = tensor
     if not all(torch.equal(a, b) for a, b in zip(before, after, strict=True)):
         raise UnsupportedError(f"{name} has no part of its own for each layer", where=stack.path)
+
+
+def _tried(anatomy: Anatomy, gone: frozenset[str]) -> Tensor | None:
+    """What the model answers to the sample with these silenced."""
+    from lamina.anatomy.trial import ablated
+
+    with ablated(anatomy.model, anatomy, gone):
+        return _answer(anatomy)
+
+
+def _answer(anatomy: Anatomy) -> Tensor | None:
+    """The first number-like output to the anatomy's sample; the same draws every time. None without weights."""
+    import torch
+
+    from lamina.anatomy.stacks import call, evaluating
+
+    device = next(anatomy.model.parameters()).device
+    if device.type == "meta":
+        return None
+    with evaluating(anatomy.model), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        found = _outputs(call(anatomy.model, anatomy.sample))
+    return next((t for t in found if t.is_floating_point()), None)
+
+
+def _expect_same(tried: Tensor | None, made: Tensor | None, sites: Sequence[str]) -> None:
+    import torch
+
+    if tried is None or made is None:
+        return
+    where = ", ".join(sites[:3]) + (" …" if len(sites) > 3 else "")
+    if tried.shape != made.shape:
+        raise UnsupportedError(f"without it the output is {list(made.shape)}, not {list(tried.shape)}", where=where)
+    eps = torch.finfo(tried.dtype).eps
+    apart = float((tried.double() - made.double()).abs().nan_to_num().max()) / max(
+        float(tried.double().abs().max()), eps
+    )
+    if apart > min(SAME[0] * eps, SAME[1]):
+        what = f"dropped, it gives an output {apart:.1e} of its largest off that of the model that has it silenced"
+        raise UnsupportedError(what, where=where, hint="something else in the model reads it; keep it")
 
 
 def _outputs(out: Any) -> list[Any]:

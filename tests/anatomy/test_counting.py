@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_kinds import LAYERS, WIDTH, drop, kind
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Dinov2Config, Dinov2Model, LlamaConfig, LlamaForCausalLM
 
 from lamina.anatomy import Anatomy
 from lamina.anatomy.config import config_path, counts, owner_of, tree
@@ -142,6 +142,24 @@ def test_words_repeated_over_the_layers_are_spelt_out() -> None:
     found = change(model, "model.layers", [0, 2, 3])
     assert found.edits.pop("num_hidden_layers") == [4, 3]
     assert found.edits == {"block_types": [["recurrent", "attention"], ["recurrent", "recurrent", "attention"]]}
+
+
+@pytest.mark.parametrize(("gone", "outputs"), [("block.1", [1, 3]), ("block.3", None)])
+def test_a_backbone_s_outputs_stay_where_they_were(gone: str, outputs: list[int] | None) -> None:
+    sizes: dict[str, Any] = {"num_hidden_layers": 4, "out_indices": [2, 4] if outputs else [3, 4]}
+    model = Dinov2Model(
+        Dinov2Config(image_size=16, patch_size=4, hidden_size=16, num_attention_heads=2, **sizes)
+    ).eval()
+    sample = {"pixel_values": torch.randn(2, 3, 16, 16)}
+    if outputs is None:
+        (problem,) = Drop().check(Step(rewrite="drop", sites=(gone,)), Anatomy.of(model, sample))
+        assert problem.what == "two of the outputs [3, 4] would be one"
+        return
+    drop(model, sample, gone)
+    assert model.config.out_indices == outputs
+    assert model.config.out_features == ["stage1", "stage3"]
+    assert model.config.stage_names == ["stem", "stage1", "stage2", "stage3"]
+    assert twin(model) is not None
 
 
 def test_a_rule_that_repeats_must_still_hold() -> None:

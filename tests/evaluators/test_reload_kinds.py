@@ -30,7 +30,7 @@ STOCK = {
 SHIM = {
     "bert": ("block.0.attention", "block.1.mlp"),
     "vit": ("block.0.attention", "block.2"),
-    "t5": ("encoder.block.1.mlp", "decoder.block.0.attention", "decoder.block.2"),
+    "t5": ("encoder.block.1.mlp", "decoder.block.1.attention", "decoder.block.2"),
     "bart": ("decoder.block.0.attention", "decoder.block.1.cross_attention", "encoder.block.0"),
     "llava": ("vision_tower.block.1.attention", "language_model.block.0.attention", "language_model.block.2"),
 }

@@ -218,11 +218,11 @@ MUTANTS = (
         "tests/anatomy/test_refusals.py::test_a_branch_that_changes_behind_the_anatomy_fails_the_certificate[llama]",
     ),
     mutant(
-        "a dropped branch still listed as a site",
+        "the zeros of a dropped branch taken for a constant that the block adds",
         "anatomy/joins.py",
         "    if node.op in ZEROS:\n        return True\n",
         "",
-        "rewrite-drop-twice_applied",
+        "tests/papers/test_llm_drop.py::test_scores_under_trial_ablation_are_those_of_the_thinned_network[llama]",
     ),
     mutant(
         "a plan that overshoots its budget",

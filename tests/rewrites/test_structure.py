@@ -11,13 +11,19 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_kinds import drop
 from torch import nn
 
+from lamina.anatomy import Anatomy
+from lamina.anatomy.stacks import call
+from lamina.anatomy.trial import ablated
 from lamina.core.documents import Receipt, Step, plain
 from lamina.core.errors import UnsupportedError
 from lamina.lab import Lab
 from lamina.rewrites import structure
 from lamina.rewrites.drop import Drop
+from lamina.testing import zoo
+from lamina.testing._coverage_reference import masked
 from lamina.testing.bench import lab, text
 from lamina.testing.models import BUILDERS, CONFIGS, tiny
 from lamina.testing.rewrites import PLACES, logits, step_at
@@ -179,13 +185,33 @@ def test_replay_refuses_what_it_does_not_know() -> None:
 
 
 def test_a_config_that_can_not_say_it_is_refused_before_anything_changes() -> None:
-    model: Any = tiny("llama")
-    model.config.attn_every_layer_pattern = 2
+    """Layers of two kinds in turn, told by a period."""
+    model = zoo.build("jamba").model
     bench = Lab(model, text(2, 9))
     before = list(model.state_dict())
-    with pytest.raises(UnsupportedError, match=r"attn_every_layer_pattern = 2 repeats over the layers"):
+    with pytest.raises(UnsupportedError, match=r"expert_layer_period = 2 repeats over the layers"):
         Drop().apply(Step(rewrite="drop", sites=("block.1",)), bench)
     assert list(model.state_dict()) == before
+
+
+def test_what_a_block_hands_on_beside_the_stream_goes_on() -> None:
+    """T5's attentions hand on the position bias that the first one made: it can't go alone, the others can."""
+    specimen = zoo.build("t5")
+    model, anatomy = specimen.model, Anatomy.of(specimen.model, specimen.sample)
+    stack = anatomy.stack("decoder.block.0")
+    assert stack.carries == ((1, 2), (2, 5))
+    assert [anatomy.branch(f"decoder.block.{n}.attention").tells for n in range(4)] == [True, False, False, False]
+    assert anatomy.branch("decoder.block.1.attention").hands == ((1, "position_bias"),)
+    (problem,) = Drop().check(Step(rewrite="drop", sites=("decoder.block.0.attention",)), anatomy)
+    assert problem.what == "the next block reads what it computes beside the stream"
+    gone = "decoder.block.1.attention"
+    block = anatomy.block(gone)
+    with masked(model, f"{block.path}.{anatomy.branch(gone).outlet}", 0):
+        wanted = call(model, specimen.sample).logits
+    with ablated(model, anatomy, [gone]):
+        assert torch.equal(call(model, specimen.sample).logits, wanted)
+    drop(model, specimen.sample, gone)
+    assert torch.equal(call(model, specimen.sample).logits, wanted)
 
 
 def test_gone_returns_the_structure_of_the_branch() -> None:
@@ -220,6 +246,9 @@ def test_a_group_is_one_layer() -> None:
 
     keyed = structure.Group([Keyed(), Keyed()], 0, "hidden")
     assert keyed(hidden=torch.ones(1)).item() == 3.0
+    carrying = structure.Group([Block(2), Block(3)], 0, carries=[(1, 1)])
+    out, which = carrying(torch.ones(1), 1)
+    assert (out.item(), which) == (11.0, 3), "the second block gets what the first returned, and so does the next layer"
 
 
 def test_the_file_that_travels_needs_torch_and_transformers_alone() -> None:

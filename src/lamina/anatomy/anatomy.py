@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -16,7 +16,7 @@ from lamina.anatomy.config import index_attributes, index_strides, owner_of
 from lamina.anatomy.costs import kv_bytes, ledger
 from lamina.anatomy.joins import StreamError
 from lamina.anatomy.parts import Block, Branch, Certificate, Ledger, Stack
-from lamina.anatomy.stacks import Seen, call, default_sample, evaluating, find_stacks, linked
+from lamina.anatomy.stacks import Seen, call, carries, default_sample, evaluating, find_stacks, linked
 from lamina.anatomy.trace import Flops, first_tensor
 from lamina.anatomy.units import UNITS, UnitSites
 from lamina.core.errors import CertificateError, InputError, UnsupportedError, did_you_mean
@@ -228,10 +228,12 @@ def _stack_names(chains: list[tuple[str, list[Seen]]]) -> list[str]:
 def _stack(model: nn.Module, name: str, path: str, chain: list[Seen]) -> Stack:
     blocks: list[Block] = []
     known: dict[Any, Block] = {}
+    beside = carries(chain)
+    carried = sorted({i for i, _ in beside})
     for number, seen in enumerate(chain):
         block_id = ".".join(x for x in (name, "block", str(number)) if x)
         alike = known.get(signature := _signature(seen, number))
-        block = _read(seen, block_id, number) if alike is None else _copied(alike, seen, block_id, number)
+        block = _read(seen, block_id, number, carried) if alike is None else _copied(alike, seen, block_id, number)
         if block.plain and not any(x.way for x in block.branches):
             known[signature] = block
         blocks.append(block)
@@ -241,12 +243,12 @@ def _stack(model: nn.Module, name: str, path: str, chain: list[Seen]) -> Stack:
     index, strides = index_attributes(modules, places), index_strides(modules, places)
     marked = tuple(_mark_cached(b, (*index, *strides)) for b in blocks)
     owner = owner_of(model, path, len(elements))
-    return Stack(name, path, marked, owner, index, int(first_width(chain)), linked(chain), strides)
+    return Stack(name, path, marked, owner, index, int(first_width(chain)), linked(chain), strides, beside)
 
 
-def _read(seen: Seen, block_id: str, number: int) -> Block:
+def _read(seen: Seen, block_id: str, number: int, carried: Sequence[int]) -> Block:
     """A block, traced on its own."""
-    branches, after, trace = find_branches(seen, block_id, number)
+    branches, after, trace = find_branches(seen, block_id, number, carried)
     if not branches:
         raise UnsupportedError("the block joins nothing to the stream", where=block_id)
     site = Site(block_id, Kind.BLOCK, seen.path, number)

@@ -43,8 +43,8 @@ class _Term:
     others: set[int]
 
 
-def find_stream(seen: Seen, where: str) -> tuple[Trace, Joins]:
-    """What a block does when it runs on its recorded input, and how the stream goes through it.
+def find_stream(seen: Seen, where: str) -> tuple[Trace, Joins, Any]:
+    """What a block does when it runs on its recorded input, how the stream goes through it, and what it returns.
 
     Raises StreamError where none does.
     """
@@ -55,15 +55,19 @@ def find_stream(seen: Seen, where: str) -> tuple[Trace, Joins]:
     out = first_tensor(output, tuple(seen.entering.shape))
     if out is None:
         raise StreamError("the block returns no stream", where=where)
-    return trace, Joins(trace, source, trace.node(out), where)
+    return trace, Joins(trace, source, trace.node(out), where), output
 
 
-def find_branches(seen: Seen, block_id: str, number: int) -> tuple[tuple[Branch, ...], tuple[Turn, ...], Trace]:
+def find_branches(
+    seen: Seen, block_id: str, number: int, carried: Sequence[int] = ()
+) -> tuple[tuple[Branch, ...], tuple[Turn, ...], Trace]:
     """The branches of one block in the order in which they join, and what happens to the stream after the last.
 
+    `carried` are the places, in what the block returns, of what the next one reads beside the stream.
     Runs the block on its recorded input. Raises CertificateError where the block is not its input plus branches.
     """
-    trace, joins = find_stream(seen, block_id)
+    trace, joins, output = find_stream(seen, block_id)
+    beside = [output[i] for i in carried if isinstance(output, tuple | list) and i < len(output)]
     stops, leaves = set(joins.streams), joins.leaves
     regions = [upstream(leaf.node, stops) for leaf in leaves]
     before = {j.point.order: j.before for j in joins.joins}
@@ -71,7 +75,7 @@ def find_branches(seen: Seen, block_id: str, number: int) -> tuple[tuple[Branch,
     found = []
     for leaf, region in zip(leaves, regions, strict=True):
         others = set().union(*(r for r in regions if r is not region)) if len(regions) > 1 else set[int]()
-        made = _Finder(trace, joins, seen, block_id).branch(_Term(leaf, region, others))
+        made = _Finder(trace, joins, seen, block_id, beside).branch(_Term(leaf, region, others))
         entry = max(
             (joins.streams[n.order] for node in region.values() for n in node.inputs if n.order in joins.streams),
             default=0,
@@ -88,8 +92,8 @@ def find_branches(seen: Seen, block_id: str, number: int) -> tuple[tuple[Branch,
 class _Finder:
     """Finds core, outlet and own modules of the branches of one traced block."""
 
-    def __init__(self, trace: Trace, joins: Joins, seen: Seen, where: str) -> None:
-        self.trace, self.joins, self.seen, self.where = trace, joins, seen, where
+    def __init__(self, trace: Trace, joins: Joins, seen: Seen, where: str, beside: Sequence[Any] = ()) -> None:
+        self.trace, self.joins, self.seen, self.where, self.beside = trace, joins, seen, where, beside
         points = [j.point.order for j in joins.joins]
         self.holding = {c.path for c in trace.calls if any(c.started < p < c.ended for p in points)}
         self.often = Counter(c.path for c in trace.calls)
@@ -108,6 +112,8 @@ class _Finder:
             "own": tuple(c.path for c in own if c is not core),
             "stream": place,
             "returns": returns_of(core.output),
+            "hands": self._hands(core),
+            "tells": self._tells(core),
         }
         inner = {c.path for c in own}
         kind = kind_of(self.trace, core, place, inner)
@@ -134,6 +140,20 @@ class _Finder:
             macs=sum(c.flops for c in own) // 2 // tokens_of(self.seen.entering),
             **kept,
         )
+
+    def _hands(self, core: Call) -> tuple[tuple[int, int | str], ...]:
+        """What the core returns beside its result and was given: (place in what it returns, position or keyword)."""
+        given = [*enumerate(core.args), *core.kwargs.items()]
+        out = core.output if isinstance(core.output, tuple | list) else ()
+        main = first_tensor(core.output)
+        pairs = ((i, p) for i, v in enumerate(out) for p, g in given if isinstance(v, Tensor) and v is g)
+        return tuple((i, p) for i, p in pairs if out[i] is not main)
+
+    def _tells(self, core: Call) -> bool:
+        """Whether the core computes something that the next block reads beside the stream."""
+        known = {id(t) for t in tree_leaves((core.args, core.kwargs)) if isinstance(t, Tensor)}
+        made = {id(t) for t in tree_leaves(core.output) if isinstance(t, Tensor)} - known
+        return any(id(t) in made for t in self.beside)
 
     def _own(self, term: _Term, end: Node) -> list[Call]:
         """The modules that serve this branch alone: neither another one, nor the stream, nor what gates the branch."""

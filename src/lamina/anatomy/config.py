@@ -91,7 +91,7 @@ def edits(config: Any, depth: int, kept: Sequence[int], count: Count | None = No
         return {key: [value, [*value[:place], len(kept), *value[place + 1 :]]]}
     if key:
         found[key] = [depth, len(kept)]
-        found |= _multiple(data, key, depth, len(kept))
+        found |= _multiple(data, key, depth, len(kept)) | _stages(data, depth, kept)
     for key, value in data.items():
         if isinstance(value, list | tuple) and len(value) == depth and depth > 1:
             found[key] = [list(value), [value[i] for i in kept]]
@@ -119,6 +119,22 @@ def _multiple(data: Mapping[str, Any], key: str, depth: int, left: int) -> Edits
     if key == STANDARD or not _whole(value) or value == depth or value % depth:
         return {}
     return {STANDARD: [value, value // depth * left]}
+
+
+def _stages(data: Mapping[str, Any], depth: int, kept: Sequence[int]) -> Edits:
+    """Names of a backbone's stages, one for each layer and one before, and the numbers of those it gives out."""
+    names, given = data.get("stage_names"), data.get("out_indices")
+    if not isinstance(names, list | tuple) or len(names) != depth + 1:
+        return {}
+    found: Edits = {"stage_names": [list(names), list(names[: len(kept) + 1])]}
+    if given is not None:
+        places = [p % len(names) for p in given]
+        after = [sum(k < p for k in kept) for p in places]
+        if len(set(after)) < len(places):
+            hint = "keep a layer between those"
+            raise UnsupportedError(f"two of the outputs {list(given)} would be one", where="out_indices", hint=hint)
+        found["out_indices"] = [places, after]
+    return found
 
 
 def told_apart(config: Any, depth: int, one: int, other: int) -> bool:

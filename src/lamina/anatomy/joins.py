@@ -247,8 +247,9 @@ class Joins:
         """The terms of a sum made where the stream itself is summed (parallel branches)."""
         inner, factor = unscaled(node, scale)[-1]
         summed = inner.op in ADDS and inner.scope in scopes and len(inner.inputs) == 2
-        if summed and inner.inputs[0].shape == inner.inputs[1].shape:
-            return [t for n in inner.inputs for t in self._split(n, factor, scopes)]
+        terms = [n for n in inner.inputs if not void(n)]
+        if summed and inner.inputs[0].shape == inner.inputs[1].shape and all(map(self.moved, terms)):
+            return [t for n in terms for t in self._split(n, factor, scopes)]
         return [(node, scale)]
 
     def _number(self) -> None:

@@ -83,6 +83,8 @@ class Branch:
     `bound`: it depends on the sample's inputs or their lengths (a gate made from a
     condition, windows).
     `widths` are own modules (path, features) that must keep the width of what they return though it is all zero.
+    `hands` is what the core returns as it was given, beside its result: (place in what it returns, position or
+    keyword). `tells`: it computes something that the next block reads beside the stream.
     """
 
     site: Site
@@ -104,6 +106,8 @@ class Branch:
     widths: tuple[tuple[str, int], ...] = ()
     way: tuple[Turn, ...] = ()
     bound: bool = False
+    hands: tuple[tuple[int, int | str], ...] = ()
+    tells: bool = False
 
     def owned(self, block: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters that serve this branch alone, with their names in the block."""
@@ -163,6 +167,7 @@ class Stack:
 
     `index` are the attributes (module path and name, relative to the block) that hold the block's number,
     `strides` those that hold a · number + b (name → (a, b)), as where a block has several cache entries;
+    `carries` is what each block hands to the next beside the stream: (place in what it returns, position or keyword);
     `owner` is the path of the module whose config speaks of this stack. `linked`: each block gets the very stream that
     the one before hands on.
     """
@@ -175,6 +180,7 @@ class Stack:
     width: int = 0
     linked: bool = True
     strides: Mapping[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])
+    carries: tuple[tuple[int, int | str], ...] = ()
 
 
 @dataclass(frozen=True)

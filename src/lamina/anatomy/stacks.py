@@ -178,6 +178,17 @@ def linked(calls: list[Seen]) -> bool:
     return all(a.leaving is b.entering for a, b in pairwise(calls))
 
 
+def carries(calls: list[Seen]) -> tuple[tuple[int, int | str], ...]:
+    """What each element hands to the next beside the stream: (place in what it returns, position or keyword)."""
+    found: list[set[tuple[int, int | str]]] = []
+    for one, other in pairwise(calls):
+        out = one.output if isinstance(one.output, tuple | list) else ()
+        given = [*enumerate(other.args), *other.kwargs.items()]
+        pairs = {(i, p) for i, v in enumerate(out) for p, g in given if i and isinstance(v, Tensor) and v is g}
+        found.append(pairs)
+    return tuple(sorted(set.union(*found), key=str)) if found else ()
+
+
 def _alike(calls: list[Seen], kinds: Mapping[type, int]) -> bool:
     """Whether elements of one class work on streams of one shape, though something happens between them."""
     return len(calls) > 1 and len(kinds) == 1 and len({tuple(c.entering.shape) for c in calls}) == 1

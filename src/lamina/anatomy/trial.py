@@ -47,10 +47,13 @@ def silenced(model: nn.Module, anatomy: Anatomy, site: str) -> Iterator[None]:
     def core(*args: Any, **kwargs: Any) -> Any:
         tokens = args[branch.stream] if isinstance(branch.stream, int) else kwargs[branch.stream]
         if not branch.joins:
-            return wrapped(_zeros(tokens, widths.get(branch.core)), branch.returns)
-        for path in branch.keeps:
-            tokens = block.get_submodule(f"{branch.core}.{path}")(tokens)
-        return wrapped(tokens, branch.returns)
+            out = wrapped(_zeros(tokens, widths.get(branch.core)), branch.returns)
+        else:
+            for path in branch.keeps:
+                tokens = block.get_submodule(f"{branch.core}.{path}")(tokens)
+            out = wrapped(tokens, branch.returns)
+        handed = {i: args[p] if isinstance(p, int) else kwargs[p] for i, p in branch.hands}
+        return type(out)(handed.get(i, v) for i, v in enumerate(out)) if handed else out
 
     def same(tokens: Tensor, *_: Any, **__: Any) -> Tensor:
         return tokens

@@ -62,7 +62,7 @@ class Drop:
                 try:
                     structure(anatomy, stack, gone)
                 except UnsupportedError as error:
-                    problems.append(Problem(stack.path, error.what, error.hint))
+                    problems.append(Problem(error.where or stack.path, error.what, error.hint or ""))
         return problems
 
     def forecast(self, step: Step, anatomy: Anatomy) -> Cost:
@@ -86,7 +86,7 @@ class Drop:
             rewrite="drop", sites=lab.anatomy.collapse(gone), before=before, after=after, structure={"steps": steps}
         )
         self.replay(receipt, lab.model)
-        _expect_same(tried, _answer(lab.anatomy), lab.anatomy.collapse(gone))
+        _expect_same(tried, lab.anatomy, lab.anatomy.collapse(gone))
         lab.renew()
         return receipt
 
@@ -121,6 +121,8 @@ def _branch(number: int, branch: Branch) -> dict[str, Any]:
         found["joins"] = True
     if branch.keeps:
         found["keeps"] = list(branch.keeps)
+    if branch.hands:
+        found["hands"] = [list(h) for h in branch.hands]
     if branch.widths:
         found["widths"] = [list(w) for w in branch.widths]
     return found
@@ -138,6 +140,9 @@ def structure(anatomy: Anatomy, stack: Stack, gone: frozenset[str]) -> dict[str,
     blocks = {n: b for n, (_, _, b) in enumerate(elements) if b is not None}
     whole = [n for n, b in blocks.items() if all(x.site.id in gone for x in b.branches)]
     branches = [_branch(n, x) for n, b in blocks.items() for x in b.branches if x.site.id in gone and n not in whole]
+    for x in (x for n, b in blocks.items() if n not in whole for x in b.branches if x.site.id in gone and x.tells):
+        hint = "keep it, or drop its whole block"
+        raise UnsupportedError("the next block reads what it computes beside the stream", where=x.site.id, hint=hint)
     kept = _kept(elements, gone, own | others)
     said = change(anatomy.model, stack.path, list(kept.values()))
     if others:
@@ -154,6 +159,7 @@ def structure(anatomy: Anatomy, stack: Stack, gone: frozenset[str]) -> dict[str,
         "cached": sorted(own | others),
         **({"first": sorted(own)} if others else {}),
         "stream": stack.blocks[0].stream,
+        **({"carries": [list(c) for c in stack.carries]} if stack.carries else {}),
         "index": list(stack.index),
         **({"strides": {k: list(v) for k, v in stack.strides.items()}} if stack.strides else {}),
         "config_path": list(said.path),
@@ -280,12 +286,20 @@ def _answer(anatomy: Anatomy) -> Tensor | None:
     return next((t for t in found if t.is_floating_point()), None)
 
 
-def _expect_same(tried: Tensor | None, made: Tensor | None, sites: Sequence[str]) -> None:
+def _expect_same(tried: Tensor | None, anatomy: Anatomy, sites: Sequence[str]) -> None:
+    """The model must run, and answer as it did on trial."""
     import torch
 
+    where = ", ".join(sites[:3]) + (" …" if len(sites) > 3 else "")
+    try:
+        made = _answer(anatomy)
+    except (LaminaError, MemoryError):
+        raise
+    except Exception as error:
+        what = f"without it the model fails: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UnsupportedError(what, where=where, hint="something else in the model needs it; keep it") from error
     if tried is None or made is None:
         return
-    where = ", ".join(sites[:3]) + (" …" if len(sites) > 3 else "")
     if tried.shape != made.shape:
         raise UnsupportedError(f"without it the output is {list(made.shape)}, not {list(tried.shape)}", where=where)
     eps = torch.finfo(tried.dtype).eps

@@ -30,12 +30,14 @@ class Gone(nn.Module):
 
     `stream` is the position or keyword of the tokens, `returns` the (index, arity) of each nested tuple. `joins`: the
     core added to these tokens itself, so they are handed on, through the modules `keeps` (path → norm of the stream);
-    `width`: how many features the zeros have, if not as many.
+    `width`: how many features the zeros have, if not as many. `hands`: what the core returned as it was given, beside
+    its result: (place in what it returns, position or keyword).
     """
 
-    def __init__(self, stream=0, returns=(), joins=False, width=None, keeps=None):
+    def __init__(self, stream=0, returns=(), joins=False, width=None, keeps=None, hands=()):
         super().__init__()
         self.stream, self.returns, self.joins, self.width = stream, tuple(map(tuple, returns)), joins, width
+        self.hands = tuple(map(tuple, hands))
         self.keeps = tuple(keeps or ())
         for path, module in (keeps or {}).items():
             above, _, name = path.rpartition(".")
@@ -58,6 +60,9 @@ class Gone(nn.Module):
         for index, arity, *form in reversed(self.returns):
             made = (out if i == index else None for i in range(arity))
             out = list(made) if form else tuple(made)
+        if self.hands:
+            handed = {i: args[place] if isinstance(place, int) else kwargs[place] for i, place in self.hands}
+            out = type(out)(handed.get(i, value) for i, value in enumerate(out))
         return out
 
     def extra_repr(self):
@@ -69,27 +74,30 @@ class Group(nn.ModuleList):
     """Blocks that count as one layer: one holds a cache entry, the others don't.
 
     So the config's number of layers, its per-layer lists and the cache all count what remains.
-    Whatever else the model asks of a layer is answered by the block that holds the cache entry.
+    Whatever else the model asks of a layer is answered by the block that holds the cache entry. `carries` are what
+    each block hands to the next beside the stream: (place in what it returns, position or keyword).
     """
 
-    def __init__(self, blocks, main, stream=0):
+    def __init__(self, blocks, main, stream=0, carries=()):
         super().__init__(blocks)
-        self.main, self.stream = main, stream
+        self.main, self.stream, self.carries = main, stream, tuple(map(tuple, carries))
         self.training = self[main].training
 
     def forward(self, *args, **kwargs):
-        """Run the blocks in turn; what is returned beside the stream is the caching block's."""
-        result = None
+        """Run the blocks in turn; what is returned beside the stream, and not carried, is the caching block's."""
+        result, carried = None, {}
         for position, block in enumerate(self):
             out = block(*args, **kwargs)
-            tokens = out[0] if isinstance(out, (tuple, list)) else out
+            several = out if isinstance(out, (tuple, list)) else (out,)
             if position == self.main:
                 result = out
-            if isinstance(self.stream, int):
-                args = (*args[: self.stream], tokens, *args[self.stream + 1 :])
-            else:
-                kwargs = {**kwargs, self.stream: tokens}
-        return (tokens, *result[1:]) if isinstance(result, (tuple, list)) else tokens
+            for index, place in ((0, self.stream), *self.carries):
+                if index < len(several) and several[index] is not None:
+                    carried[index] = several[index]
+                    args, kwargs = _given(args, kwargs, place, several[index])
+        if not isinstance(result, (tuple, list)):
+            return carried[0]
+        return tuple(carried.get(index, value) for index, value in enumerate(result))
 
     def __getattr__(self, name):
         try:
@@ -98,6 +106,13 @@ class Group(nn.ModuleList):
             if name in ("main", "stream") or "main" not in self.__dict__:
                 raise
             return getattr(self[self.main], name)
+
+
+def _given(args, kwargs, place, value):
+    """The arguments with another value at a position or keyword."""
+    if isinstance(place, int):
+        return (*args[:place], value, *args[place + 1 :]), kwargs
+    return args, {**kwargs, place: value}
 
 
 def grouped(element):
@@ -135,7 +150,8 @@ def _drop(model, step):
         widths = dict(branch.get("widths", ()))
         keeps = {p: block.get_submodule(f"{branch['core']}.{p}") for p in branch.get("keeps", ())}
         width = widths.get(branch["core"])
-        core = Gone(branch["stream"], branch["returns"], branch.get("joins", False), width, keeps)
+        joins, hands = branch.get("joins", False), branch.get("hands", ())
+        core = Gone(branch["stream"], branch["returns"], joins, width, keeps, hands)
         block.set_submodule(branch["core"], core.train(block.training))
         for path in branch["own"]:
             gone = Gone(width=widths[path]) if path in widths else _passing(block.get_submodule(path))
@@ -143,7 +159,7 @@ def _drop(model, step):
     gone = set(step["blocks"])
     blocks = [block for number, block in enumerate(blocks) if number not in gone]
     counted = [id(b) in bare or holds_cache(b, step["cached"]) for b in blocks]
-    layers = _regroup(blocks, counted, step["stream"])
+    layers = _regroup(blocks, counted, step["stream"], step.get("carries", ()))
     strides = dict.fromkeys(step["index"], (1, 0)) | step.get("strides", {})
     _renumber(layers, strides, step.get("first", ()))
     for name in list(stack._modules):
@@ -184,7 +200,7 @@ def holds_cache(block, cached):
     return any(path in names and type(names[path]).__name__ != "Gone" for path in cached)
 
 
-def _regroup(blocks, counted, stream):
+def _regroup(blocks, counted, stream, carries):
     """One layer per block that counts; the others join the one before (the first ones, the one after)."""
     if all(counted):
         return blocks
@@ -199,7 +215,7 @@ def _regroup(blocks, counted, stream):
             waiting.append(block)
     if not layers:
         raise ValueError("no block that holds a cache entry is left")
-    return [members[0] if len(members) == 1 else Group(members, main, stream) for main, members in layers]
+    return [members[0] if len(members) == 1 else Group(members, main, stream, carries) for main, members in layers]
 
 
 def _renumber(layers, strides, first):

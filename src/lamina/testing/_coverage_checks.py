@@ -6,12 +6,14 @@ import copy
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from lamina.anatomy import Anatomy, Stack
+from lamina.anatomy import Anatomy, Block, Stack
+from lamina.anatomy.parts import Branch
 from lamina.core.documents import Receipt, Step
 from lamina.core.errors import LaminaError, ReloadError, UnsupportedError
 from lamina.core.sites import SUBLAYERS, Site
@@ -207,11 +209,18 @@ class _Trials:
         block = self.anatomy.block(site)
         if site.kind in SUBLAYERS:
             branch = self.anatomy.branch(site)
-            with masked(self.model, f"{block.path}.{branch.outlet}", branch.outlet_index):
+            with masked(self.model, f"{block.path}.{branch.outlet}", branch.outlet_index, self._way(block, branch)):
                 return outputs(self.model, self.sample)
         blocks = self.anatomy.stack(site).blocks
         with handed_on(self.model, self.sample, [b.path for b in blocks], blocks.index(block)):
             return outputs(self.model, self.sample)
+
+    def _way(self, block: Block, branch: Branch) -> Callable[[Tensor], Tensor] | None:
+        """What happens between the branch's outlet and the stream; None where nothing does."""
+        module = self.model.get_submodule(block.path)
+        if not branch.way:
+            return None
+        return lambda tensor: reduce(lambda made, turn: turn(module, made), branch.way, tensor)
 
     def _save(self, part: str, site: Site, thin: nn.Module, receipt: Receipt) -> None:
         assert self.folder is not None

@@ -6,7 +6,7 @@ sees for itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -88,12 +88,18 @@ def _apart(a: Tensor, b: Tensor) -> tuple[float, float]:
 
 
 @contextmanager
-def masked(model: nn.Module, outlet: str, leaf: int) -> Iterator[None]:
-    """Inside, the module `outlet` returns zeros in its leaf number `leaf`."""
+def masked(model: nn.Module, outlet: str, leaf: int, way: Callable[[Tensor], Tensor] | None = None) -> Iterator[None]:
+    """Inside, the module `outlet` returns zeros in its leaf number `leaf`.
+
+    With a `way`, which is what happens from there to the stream, what gives zeros there if a number can be taken off.
+    """
 
     def zero(_: nn.Module, args: Any, output: Any) -> Any:
         leaves, spec = tree_flatten(output)
         leaves[leaf] = torch.zeros_like(leaves[leaf])
+        rest = None if way is None else way(leaves[leaf])
+        if way is not None and rest is not None and rest.shape == leaves[leaf].shape and not way(-rest).any():
+            leaves[leaf] = -rest
         return tree_unflatten(leaves, spec)
 
     handle = model.get_submodule(outlet).register_forward_hook(zero)

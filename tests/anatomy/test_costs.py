@@ -9,7 +9,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lamina.anatomy import Anatomy
+from lamina.anatomy.stacks import call
+from lamina.anatomy.trial import ablated
 from lamina.core.sites import SUBLAYERS, Cost, Kind
+from lamina.testing import zoo
 from lamina.testing.bench import fresh
 from lamina.testing.models import CONFIGS, NAMES, tiny
 from lamina.testing.rewrites import logits
@@ -62,6 +65,25 @@ def test_products_are_the_flop_counter_s(name: str) -> None:
         assert sum(anatomy.cost(p).macs for p in anatomy.parts(site)) == pytest.approx(
             anatomy.cost(site).macs, rel=0.01
         )
+
+
+@pytest.mark.parametrize("name", ["bert", "hrm_text", "swin", "t5", "vit", "whisper"])
+def test_what_goes_is_what_the_flop_counter_misses(name: str) -> None:
+    """Also in stages that are narrower than the first, in a decoder, and where blocks are run several times."""
+    made = zoo.build(name)
+    anatomy = Anatomy.of(made.model, made.sample)
+    tokens = flops(made) / 2 / anatomy.total().macs
+    for stack in anatomy.stacks:
+        branch = stack.blocks[-1].branches[-1]
+        with ablated(made.model, anatomy, [branch.site.id]):
+            assert branch.macs > 0
+            assert anatomy.total().macs - flops(made) / 2 / tokens == pytest.approx(branch.macs, rel=0.01, abs=1)
+
+
+def flops(made: zoo.Specimen) -> int:
+    with FlopCounterMode(display=False) as counter:
+        call(made.model, made.sample)
+    return counter.get_total_flops()
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -47,10 +47,13 @@ class Anatomy(UnitSites):
             chains = find_stacks(model, given)
             chains = _with_stream(model, chains)
             names = _stack_names(chains)
+            _, largest = max(chains, key=lambda c: _weight(model, c[0]))
+            tokens = tokens_of(largest[0].entering)
+            for seen in (s for _, chain in chains for s in chain):
+                seen.tokens = tokens
             stacks = tuple(_stack(model, n, p, c) for n, (p, c) in zip(names, chains, strict=True))
             with Flops() as counter:
                 call(model, given)
-            tokens = next(v.shape[0] * v.shape[1] for v in given.values() if isinstance(v, Tensor))
             return cls(model, stacks, given, counter.total // 2 // tokens)
 
     @cached_property
@@ -195,11 +198,15 @@ def _with_stream(model: nn.Module, chains: list[tuple[str, list[Seen]]]) -> list
             others[path] = error
         else:
             found.append((path, chain))
-    weight = {path: sum(p.numel() for p in model.get_submodule(path).parameters()) for path, _ in chains}
+    weight = {path: _weight(model, path) for path, _ in chains}
     for path, error in others.items():
         if weight[path] > max((weight[p] for p, _ in found), default=0):
             raise error
     return found
+
+
+def _weight(model: nn.Module, path: str) -> int:
+    return sum(p.numel() for p in model.get_submodule(path).parameters())
 
 
 def _no_stream(seen: Seen) -> StreamError | None:
@@ -252,7 +259,7 @@ def _read(seen: Seen, block_id: str, number: int, carried: Sequence[int]) -> Blo
     if not branches:
         raise UnsupportedError("the block joins nothing to the stream", where=block_id)
     site = Site(block_id, Kind.BLOCK, seen.path, number)
-    macs = trace.flops // 2 // tokens_of(seen.entering)
+    macs = seen.products(trace.flops)
     return Block(site, seen.path, branches, seen.stream, returns_of(seen.output), macs, after)
 
 
@@ -278,7 +285,7 @@ def _signature(seen: Seen, number: int) -> tuple[Any, ...]:
         kept = sorted((k, v) for k, v in vars(module).items() if isinstance(v, bool | float | str | int))
         parts.append((path, type(module), shapes, tuple(kv for kv in kept if kv[1] is True or kv[1] != number)))
     called = tuple(type(a) for a in seen.args), tuple(sorted((k, str(type(v))) for k, v in seen.kwargs.items()))
-    return tuple(parts), called, seen.stream, tuple(seen.entering.shape), returns_of(seen.output)
+    return tuple(parts), called, seen.stream, tuple(seen.entering.shape), returns_of(seen.output), seen.rounds
 
 
 def first_width(chain: list[Seen]) -> int:

@@ -137,7 +137,7 @@ class _Finder:
             scale=scale,
             way=way,
             bound=bound,
-            macs=sum(c.flops for c in own) // 2 // tokens_of(self.seen.entering),
+            macs=self.seen.products(sum(c.flops for c in own)),
             **kept,
         )
 

@@ -27,11 +27,19 @@ class Seen:
     kwargs: Mapping[str, Any]
     output: Any = None
     stream: int | str = 0
+    rounds: int = 1
+    """How often the model runs the element in one forward."""
+    tokens: int = 1
+    """Positions of the model's largest stack: costs are told for one of them."""
 
     @property
     def entering(self) -> Tensor:
         """The stream that goes in, [batch, tokens, width]."""
         return self.args[self.stream] if isinstance(self.stream, int) else self.kwargs[self.stream]
+
+    def products(self, flops: int) -> int:
+        """Multiply-adds per token of what takes so many FLOPs in one call."""
+        return flops // 2 * self.rounds // self.tokens
 
     @property
     def leaving(self) -> Tensor:
@@ -138,6 +146,9 @@ def find_stacks(model: nn.Module, sample: Mapping[str, Any]) -> list[tuple[str, 
         if place is not None:
             one.stream = place
             parents.setdefault(one.path.rpartition(".")[0], []).append(one)
+    often = Counter(one.path for one in seen)
+    for one in seen:
+        one.rounds = often[one.path]
     parents = {path: _first_round(calls) for path, calls in parents.items()}
     chains = {path: calls for path, calls in parents.items() if _is_chain(calls)}
     long = {p for p, c in chains.items() if len(c) > 1} or set(chains)

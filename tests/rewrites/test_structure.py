@@ -6,12 +6,12 @@ import ast
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_kinds import drop
 from torch import nn
 
 from lamina.anatomy import Anatomy
@@ -210,7 +210,8 @@ def test_what_a_block_hands_on_beside_the_stream_goes_on() -> None:
         wanted = call(model, specimen.sample).logits
     with ablated(model, anatomy, [gone]):
         assert torch.equal(call(model, specimen.sample).logits, wanted)
-    drop(model, specimen.sample, gone)
+    place: Any = SimpleNamespace(model=model, anatomy=anatomy, renew=lambda: None)
+    Drop().apply(Step(rewrite="drop", sites=(gone,)), place)
     assert torch.equal(call(model, specimen.sample).logits, wanted)
 
 

@@ -29,7 +29,12 @@ HELPERS = Path(__file__).parents[1] / "helpers"
 SAMPLE = ("killer", "bert", "bit", "gpt2", "llama", "mamba", "mixtral", "vit")
 SHARDS = 6
 FLOORS: dict[str, dict[tuple[str, ...], float]] = {
-    "transformers, causal language models": {("found", "certified"): 0.9, ("block",): 0.8, ("sublayer",): 0.8},
+    "transformers, causal language models": {
+        ("found", "certified"): 0.965,
+        ("block", "block_reloaded"): 0.94,
+        ("sublayer", "sublayer_reloaded"): 0.89,
+    },
+    "transformers, all": {("found", "certified"): 0.85},
 }
 """Group and checks → the share of types that they must hold for at least, a little below what was measured."""
 

@@ -31,8 +31,8 @@ ASKED: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("found, certified", ("found", "certified")),
     ("block", ("block",)),
     ("sublayer", ("sublayer",)),
-    ("block reloaded", ("block_reloaded",)),
-    ("sublayer reloaded", ("sublayer_reloaded",)),
+    ("block, reloaded", ("block", "block_reloaded")),
+    ("sublayer, reloaded", ("sublayer", "sublayer_reloaded")),
     ("generates", ("generates",)),
 )
 GROUPS: dict[str, Callable[[Row], bool]] = {

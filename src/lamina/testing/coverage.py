@@ -27,7 +27,7 @@ __all__ = ["CELLS", "LIBRARIES", "Row", "names", "read", "run", "summary", "vers
 LIBRARIES = ("transformers", "timm", "diffusers")
 CELLS = ("found", "certified", "block", "sublayer", "block_reloaded", "sublayer_reloaded", "generates")
 ZOO = "lamina.testing.zoo:build"
-BATCH = 16
+BATCH = 40
 """Specimens whose checkpoints one fresh process loads."""
 LIMIT = 300.0
 """Seconds that one specimen may take; the contracts of a batch may take as long for each of it."""

@@ -259,3 +259,14 @@ def test_what_something_else_reads_may_not_go() -> None:
         nn.init.normal_(parameter, std=0.3)
     with pytest.raises(UnsupportedError, match=r"block\.0: dropped, it gives an output .* off that of the model"):
         drop(model, {"input_ids": torch.arange(3, 10)[None]}, "block.0")
+
+
+def test_an_output_that_becomes_nan_is_refused() -> None:
+    class Scaled(LlamaForCausalLM):
+        def forward(self, input_ids: Tensor, **_: Any) -> Any:
+            logits = super().forward(input_ids, use_cache=False).logits
+            return {"logits": logits if len(self.model.layers) == LAYERS else logits * float("nan")}
+
+    model = Scaled(LlamaConfig(num_hidden_layers=LAYERS, vocab_size=99, **WIDTH)).eval()
+    with pytest.raises(UnsupportedError, match=r"block\.1: dropped, it gives an output nan"):
+        drop(model, {"input_ids": torch.arange(3, 10)[None]}, "block.1")

@@ -19,7 +19,7 @@ from lamina.cli import app
 from lamina.core import registry
 from lamina.core.documents import EvidenceFile, Receipts
 
-ENTRY = [sys.executable, "-c", "from lamina.cli import main; main()"]
+ENTRY = [sys.executable, "-m", "lamina"]
 COMMANDS = sorted(c.name or c.callback.__name__ for c in app.registered_commands if c.callback)
 
 
@@ -192,6 +192,26 @@ def test_healing_a_published_model_of_a_shim_keeps_the_contract(bench: Path, sub
     assert len(config["lamina"]["structure"]) == 1, "the structure is told once"
 
 
+WHILE_LOADING = """
+class Strike:
+    def find_spec(self, name, *_):
+        if name == "lamina.cli":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Strike())
+"""
+AFTER_THE_WORK = "atexit.register(os.kill, os.getpid(), signal.SIGINT)"
+
+
+@pytest.mark.parametrize(("strike", "code"), [(WHILE_LOADING, 130), (AFTER_THE_WORK, 0)], ids=["loading", "ending"])
+def test_ctrl_c_outside_the_work(strike: str, code: int) -> None:
+    """While the command line is still being loaded: one line. With all done: too late to matter."""
+    start = f"import atexit, os, signal, sys\n{strike}\nfrom lamina.__main__ import main\nmain()"
+    done = subprocess.run([sys.executable, "-c", start, "methods"], capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    assert done.stderr == ("interrupted; the same command goes on from here\n" if code else "")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_signal_at_any_time(bench: Path, tmp_path: Path, number: int) -> None:
@@ -209,7 +229,7 @@ def test_a_signal_at_any_time(bench: Path, tmp_path: Path, number: int) -> None:
         _, err = process.communicate(timeout=120)
         if process.returncode == 0:
             break
-        assert process.returncode == (130 if number == signal.SIGINT else -number)
+        assert process.returncode == (130 if number == signal.SIGINT else -number), err
         if number == signal.SIGINT:
             assert err.splitlines()[-1:] == ["interrupted; the same command goes on from here"]
         seconds += 2

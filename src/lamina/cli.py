@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lamina.__main__ import INTERRUPTED, interrupted
 from lamina.core.errors import InputError, LaminaError
 from lamina.options import budget_of, laid_over, make_recipe, recipe_of
 
@@ -25,8 +26,6 @@ app = typer.Typer(
     help="Find the layers that a pretrained network does not need, take them out, and prove what that cost.",
     epilog="Start with: [bold]lamina thin smollm2-135m --keep 75%[/bold]",
 )
-
-INTERRUPTED = 130
 
 Folder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, as `thin` or `survey` makes it.")]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a hub id, a .gguf file or a name of the shelf.")]
@@ -385,8 +384,7 @@ def main(arguments: list[str] | None = None) -> None:
         typer.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        typer.echo("interrupted; the same command goes on from here", err=True)
-        sys.exit(INTERRUPTED)
+        interrupted()
     except Exception as error:
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
             typer.echo(f"error: {error.format_message()} (see --help)", err=True)  # type: ignore[attr-defined]

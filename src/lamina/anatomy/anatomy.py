@@ -136,10 +136,15 @@ class Anatomy(UnitSites):
         return sum((self.cost(s) for s in self.collapse(self.expand(site_ids))), Cost())
 
     def ties(self, site: Site) -> tuple[Tie, ...]:
-        """The parameters that the site owns, whole; of a site of units, the slices of each unit."""
+        """The parameters that the site owns, whole; of a site of units, the slices of each unit.
+
+        A pass of a module that is run again and again owns none.
+        """
         if site.kind in UNITS:
             return self.unit_ties(site)
         block = self.block(site)
+        if block.turns > 1:
+            return ()
         module = self.model.get_submodule(block.path)
         owned = module.named_parameters() if site.kind is Kind.BLOCK else self.branch(site).owned(module)
         return tuple(Tie(f"{block.path}.{name}", dim=0, size=p.shape[0]) for name, p in owned)
@@ -247,9 +252,10 @@ def _stack(model: nn.Module, name: str, path: str, chain: list[Seen]) -> Stack:
     elements = [n for n, _ in model.get_submodule(path).named_children()]
     places = [elements.index(s.path.removeprefix(f"{path}.").split(".")[0]) for s in chain]
     modules = [s.module for s in chain]
-    index, strides = index_attributes(modules, places), index_strides(modules, places)
+    looped = any(s.turns > 1 for s in chain)
+    index, strides = ((), {}) if looped else (index_attributes(modules, places), index_strides(modules, places))
     marked = tuple(_mark_cached(b, (*index, *strides)) for b in blocks)
-    owner = owner_of(model, path, len(elements))
+    owner = owner_of(model, path, len(chain) if looped else len(elements))
     return Stack(name, path, marked, owner, index, int(first_width(chain)), linked(chain), strides, beside)
 
 
@@ -260,7 +266,7 @@ def _read(seen: Seen, block_id: str, number: int, carried: Sequence[int]) -> Blo
         raise UnsupportedError("the block joins nothing to the stream", where=block_id)
     site = Site(block_id, Kind.BLOCK, seen.path, number)
     macs = seen.products(trace.flops)
-    return Block(site, seen.path, branches, seen.stream, returns_of(seen.output), macs, after)
+    return Block(site, seen.path, branches, seen.stream, returns_of(seen.output), macs, after, seen.turn, seen.turns)
 
 
 def _copied(alike: Block, seen: Seen, block_id: str, number: int) -> Block:
@@ -274,7 +280,8 @@ def _copied(alike: Block, seen: Seen, block_id: str, number: int) -> Block:
         )
         for x in alike.branches
     )
-    return replace(alike, site=Site(block_id, Kind.BLOCK, seen.path, number), path=seen.path, branches=branches)
+    site = Site(block_id, Kind.BLOCK, seen.path, number)
+    return replace(alike, site=site, path=seen.path, branches=branches, turn=seen.turn, turns=seen.turns)
 
 
 def _signature(seen: Seen, number: int) -> tuple[Any, ...]:

@@ -32,7 +32,7 @@ def kv_bytes(model: nn.Module, sample: Mapping[str, Any]) -> list[int]:
 
 
 def ledger(model: nn.Module, stacks: Iterable[Stack], sizes: list[int], macs: int) -> Ledger:
-    """Costs of all blocks and sublayers, and of the whole model."""
+    """Costs of all blocks and sublayers, and of the whole model. A pass of a module has no parameters of its own."""
     found: dict[str, Cost] = {}
     for stack in stacks:
         cached = [b for block in stack.blocks for b in block.branches if b.cached]
@@ -48,9 +48,9 @@ def _block(model: nn.Module, block: Block, kv: Mapping[str, int]) -> dict[str, C
     module = model.get_submodule(block.path)
     found = {}
     for branch in block.branches:
-        weight = weigh(p for _, p in branch.owned(module))
+        weight = weigh(p for _, p in branch.owned(module) if block.turns == 1)
         found[branch.site.id] = Cost(weight.parameters, weight.bytes, branch.macs, kv.get(branch.site.id, 0))
-    weight = weigh(module.parameters())
+    weight = weigh(module.parameters() if block.turns == 1 else ())
     held = sum(kv.get(b.site.id, 0) for b in block.branches)
     found[block.site.id] = Cost(weight.parameters, weight.bytes, block.macs, held)
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from lamina.anatomy.config import COUNTING, STANDARD, Count, Edits, counts, edits, fields, repeated, spelt_out, tree
+from lamina.anatomy.passes import order
 from lamina.core.errors import UnsupportedError
 
 Shapes = dict[str, tuple[int, ...]]
@@ -83,6 +84,41 @@ def change(model: nn.Module, stack_path: str, kept: Sequence[int]) -> Change:
     return _Trial(model, stack_path, kept, depth).best()
 
 
+def fewer_passes(model: nn.Module, stack_path: str, depth: int, kept: Sequence[int], run: Callable[[], Any]) -> Change:
+    """What the config must say when of `depth` passes through a stack's modules only those of number `kept` remain.
+
+    A field is right if `run`, with the field changed, has the model call the modules of those passes and no others.
+    Raises UnsupportedError where no field does.
+    """
+    if getattr(model, "config", None) is None:
+        raise UnsupportedError("no config says how many passes its modules make", where=stack_path)
+    passes = order(model, stack_path, run)
+    wanted = [passes[n] for n in kept]
+    for one in _Trial(model, stack_path, kept, depth).candidates():
+        place = _place(model.config, one.path)
+        try:
+            _set(place, {k: after for k, (_, after) in one.edits.items()})
+            if order(model, stack_path, run) == wanted:
+                return one
+        except Exception:  # whatever a config or a model may say of a number that it does not like
+            continue
+        finally:
+            _set(place, {k: before for k, (before, _) in one.edits.items()})
+    raise UnsupportedError("no config can say that these passes remain", where=stack_path, hint="drop others of them")
+
+
+def _set(config: Any, values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        setattr(config, key, copy.deepcopy(value))
+
+
+def _place(config: Any, path: Sequence[str]) -> Any:
+    """The config inside a config."""
+    for name in path:
+        config = getattr(config, name)
+    return config
+
+
 class _Trial:
     """Edits of one model's configs, and how well the models that they build agree with what remains of one stack."""
 
@@ -96,7 +132,7 @@ class _Trial:
         if twin(self.model) is None:
             return self._likeliest()
         known: dict[int, tuple[Change, nn.Module]] = {}
-        for one in self._candidates():
+        for one in self.candidates():
             built = self._build(one)
             fit = self._fit(built) if built is not None else 0
             if built is not None and fit:
@@ -130,7 +166,7 @@ class _Trial:
 
     def _likeliest(self) -> Change:
         """Where the class can't be built here: the field that has the usual name, or the only one."""
-        found = [c for c in self._candidates() if len(c.edits) > 0]
+        found = [c for c in self.candidates() if len(c.edits) > 0]
         if len({(c.path, next(iter(c.edits))) for c in found}) > 1:
             found = [c for c in found if next(iter(c.edits)) == STANDARD]
         if not found:
@@ -140,14 +176,11 @@ class _Trial:
 
     def _check_periods(self, one: Change) -> None:
         """What repeats over the layers must not be told by a period, since what remains no longer does."""
-        config = self.root
-        for name in one.path:
-            config = getattr(config, name)
-        if rule := repeated(config, self.depth):
+        if rule := repeated(_place(self.root, one.path), self.depth):
             what = f"config field {rule[0]} = {rule[1]} repeats over the layers"
             raise UnsupportedError(what, where=self.path, hint="drop sublayers instead")
 
-    def _candidates(self) -> Iterator[Change]:
+    def candidates(self) -> Iterator[Change]:
         """Edits that may be right, the likeliest first: of the nearest config, all that it says of the layers.
 
         Then without one of its lists, which may be no list of layers.
@@ -180,12 +213,9 @@ class _Trial:
     def _build(self, one: Change) -> nn.Module | None:
         """The model that the edited config builds."""
         config = copy.deepcopy(self.root)
-        place = config
-        for name in one.path:
-            place = getattr(place, name)
+        place = _place(config, one.path)
         try:
-            for key, (_, after) in one.edits.items():
-                setattr(place, key, copy.deepcopy(after))
+            _set(place, {k: after for k, (_, after) in one.edits.items()})
         except (TypeError, ValueError):
             return None
         return twin(self.model, config)

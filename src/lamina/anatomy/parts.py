@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from lamina.core.errors import UnsupportedError
 from lamina.core.sites import Cost, Kind, Site
 
 
@@ -122,7 +123,8 @@ class Branch:
 class Block:
     """One element of a stack, in depth order. `path` is absolute; `stream` and `returns` as for a branch's core.
 
-    `after` is what happens to the stream after the last branch has joined.
+    `after` is what happens to the stream after the last branch has joined. Where a model runs one module again and
+    again, each pass is a block: number `turn` of `turns`, all with the same path and the same weights.
     """
 
     site: Site
@@ -132,6 +134,8 @@ class Block:
     returns: tuple[tuple[Any, ...], ...] = ()
     macs: int = 0
     after: tuple[Turn, ...] = ()
+    turn: int = 0
+    turns: int = 1
 
     @property
     def bound(self) -> bool:
@@ -181,6 +185,17 @@ class Stack:
     linked: bool = True
     strides: Mapping[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])
     carries: tuple[tuple[int, int | str], ...] = ()
+
+    @property
+    def looped(self) -> bool:
+        """Whether blocks are passes of one module over the stream, with the same weights."""
+        return any(b.turns > 1 for b in self.blocks)
+
+    def expect_unlooped(self, what: str) -> None:
+        """Raise UnsupportedError, saying what can't be done, where blocks share their weights as passes of a module."""
+        if self.looped:
+            hint = "whole passes can be dropped"
+            raise UnsupportedError(f"{what}: its blocks are passes of one module", where=self.path, hint=hint)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,10 @@ class Seen:
     output: Any = None
     stream: int | str = 0
     rounds: int = 1
-    """How often the model runs the element in one forward."""
+    """How often the model runs the element in one forward, passes apart."""
+    turn: int = 0
+    turns: int = 1
+    """Which of the element's passes over the stream this is, and how many there are: each is a block of its own."""
     tokens: int = 1
     """Positions of the model's largest stack: costs are told for one of them."""
 
@@ -150,6 +153,8 @@ def find_stacks(model: nn.Module, sample: Mapping[str, Any]) -> list[tuple[str, 
     for one in seen:
         one.rounds = often[one.path]
     parents = {path: _first_round(calls) for path, calls in parents.items()}
+    for calls in parents.values():
+        _count_passes(calls, often)
     chains = {path: calls for path, calls in parents.items() if _is_chain(calls)}
     long = {p for p, c in chains.items() if len(c) > 1} or set(chains)
     outer = dict.fromkeys(_holder(p, chains) for p in long if not any(_inside(p, q) for q in long))
@@ -164,6 +169,17 @@ def _first_round(calls: list[Seen]) -> list[Seen]:
     return calls[:again] if again > 1 else calls
 
 
+def _count_passes(calls: list[Seen], often: Mapping[str, int]) -> None:
+    """Number the passes where elements are run again and again, each time on what they have just returned."""
+    passes = Counter(c.path for c in calls)
+    if max(passes.values()) == 1 or not linked(calls):
+        return
+    met: Counter[str] = Counter()
+    for one in calls:
+        one.turn, one.turns, one.rounds = met[one.path], passes[one.path], often[one.path] // passes[one.path]
+        met[one.path] += 1
+
+
 def _holder(path: str, chains: Mapping[str, list[Seen]]) -> str:
     """The container itself, or the one around it if that holds nothing else (a single group of blocks)."""
     parent = path.rpartition(".")[0]
@@ -172,7 +188,7 @@ def _holder(path: str, chains: Mapping[str, list[Seen]]) -> str:
 
 
 def _is_chain(calls: list[Seen]) -> bool:
-    once = len({c.path for c in calls}) == len(calls)
+    once = any(c.turns > 1 for c in calls) or len({c.path for c in calls}) == len(calls)
     kinds = Counter(type(m) for c in calls for m in _opened(c.module))
     repeated = len(calls) == 1 or max(kinds.values()) > 1
     whole = all(list(c.module.children()) for c in calls)

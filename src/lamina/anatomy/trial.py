@@ -10,16 +10,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lamina.anatomy.passes import counted
+
 if TYPE_CHECKING:
     from lamina.anatomy.anatomy import Anatomy
     from lamina.anatomy.parts import Block, Stack
 
 
 @contextmanager
-def forward_of(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
-    """Inside, calling the module calls `function`; hooks stay as they are."""
-    before = module.__dict__.get("forward")
-    module.forward = function
+def forward_of(
+    module: nn.Module, function: Callable[..., Any], when: Callable[[], bool] | None = None
+) -> Iterator[None]:
+    """Inside, calling the module calls `function` (`when` that gives True, if told); hooks stay as they are."""
+    before, usual = module.__dict__.get("forward"), module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs) if when is None or when() else usual(*args, **kwargs)
+
+    module.forward = forward
     try:
         yield
     finally:
@@ -59,10 +67,11 @@ def silenced(model: nn.Module, anatomy: Anatomy, site: str) -> Iterator[None]:
         return tokens
 
     with ExitStack() as stack:
-        stack.enter_context(forward_of(block.get_submodule(branch.core), core))
+        its_turn = stack.enter_context(counted(model, anatomy.block(site)))
+        stack.enter_context(forward_of(block.get_submodule(branch.core), core, its_turn))
         for path in branch.own:
             wide = partial(_wide, widths[path]) if path in widths else same
-            stack.enter_context(forward_of(block.get_submodule(path), wide))
+            stack.enter_context(forward_of(block.get_submodule(path), wide, its_turn))
         yield
 
 
@@ -82,7 +91,7 @@ def passed(model: nn.Module, block: Block) -> Iterator[None]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         return wrapped(args[block.stream] if isinstance(block.stream, int) else kwargs[block.stream], block.returns)
 
-    with forward_of(model.get_submodule(block.path), forward):
+    with counted(model, block) as its_turn, forward_of(model.get_submodule(block.path), forward, its_turn):
         yield
 
 

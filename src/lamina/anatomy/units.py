@@ -16,7 +16,7 @@ from lamina.anatomy._units_find import NoUnits, Units, find
 from lamina.anatomy._units_probe import Given, Rig
 from lamina.anatomy.parts import Block, Branch, Stack
 from lamina.anatomy.stacks import call, evaluating
-from lamina.core.errors import CertificateError, InputError
+from lamina.core.errors import CertificateError, InputError, UnsupportedError
 from lamina.core.sites import Kind, Site, Tie
 
 KINDS: dict[Kind, tuple[Kind, ...]] = {
@@ -28,6 +28,8 @@ KINDS: dict[Kind, tuple[Kind, ...]] = {
 """Kind of branch → kinds of its units."""
 UNITS = frozenset(k for kinds in KINDS.values() for k in kinds) | {Kind.CHANNEL}
 """The kinds of units."""
+FAULTS = (RuntimeError, TypeError, ValueError, IndexError, AssertionError)
+"""What a block may raise that is run on numbers of one's own."""
 SEEDS = (0, 1, 2)
 """Of the numbers that blocks are filled with, in turn, where some leave a unit without effect."""
 
@@ -59,6 +61,8 @@ class UnitTable:
 
     def of(self, block: Block, branch: Branch) -> dict[Kind, Units | str]:
         """Per kind: the certified units, their ties relative to the block, or why there are none."""
+        if block.turns > 1:
+            return dict.fromkeys(KINDS.get(branch.site.kind, ()), f"its weights serve {block.turns} passes")
         if branch.site.id not in self._found:
             key = (_signature(self.model.get_submodule(block.path)), branch.core, branch.site.kind)
             if key not in self._alike:
@@ -99,9 +103,18 @@ class UnitTable:
         """The channels of a stack's stream, with absolute names, or why they can't be told."""
         if stack.path not in self._streams:
             try:
+                stack.expect_unlooped("no channels")
                 with evaluating(self.model):
                     self._streams[stack.path] = self._channels(stack)
-            except (NoUnits, RuntimeError, TypeError, ValueError, IndexError, AssertionError) as reason:
+            except (
+                NoUnits,
+                UnsupportedError,
+                RuntimeError,
+                TypeError,
+                ValueError,
+                IndexError,
+                AssertionError,
+            ) as reason:
                 self._streams[stack.path] = str(reason)[:200]
         return self._streams[stack.path]
 
@@ -276,7 +289,7 @@ class UnitSites:
     def coverage(self) -> dict[str, tuple[str, ...]]:
         """Every parameter's name → the sublayers that own it: one, or none where it is uncovered."""
         owners: dict[int, list[str]] = {}
-        for block in (b for k in self.stacks for b in k.blocks):
+        for block in (b for k in self.stacks for b in k.blocks if b.turns == 1):
             module = self.model.get_submodule(block.path)
             for branch in block.branches:
                 for parameter in {id(p): p for _, p in branch.owned(module)}.values():
@@ -286,9 +299,9 @@ class UnitSites:
     def uncovered(self) -> dict[str, str]:
         """Parameters that no sublayer owns → the block that holds them, or '' outside of all stacks.
 
-        Norms that several sublayers share, embeddings, the last norm, heads.
+        Norms that several sublayers share, embeddings, the last norm, heads; all of a module that makes several passes.
         """
-        blocks = {b.path: b.site.id for k in self.stacks for b in k.blocks}
+        blocks = {b.path: b.site.id for k in self.stacks for b in reversed(k.blocks)}
         return {
             name: next((site for path, site in blocks.items() if name.startswith(f"{path}.")), "")
             for name, held in self.coverage().items()

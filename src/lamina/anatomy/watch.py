@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lamina.anatomy.parts import Block, Branch
+from lamina.anatomy.passes import counted
 from lamina.anatomy.trace import first_tensor
 from lamina.core.errors import UnsupportedError
 
@@ -42,16 +43,22 @@ def watch_blocks(
     alone.
     """
     handles = []
+    exits = ExitStack()
 
     def attach(block: Block) -> None:
         module = model.get_submodule(block.path)
         held: dict[str, Tensor] = {}
+        its_turn = exits.enter_context(counted(model, block))
 
         def opens(_: nn.Module, args: Any, kwargs: Any) -> None:
             held.clear()
+            if not its_turn():
+                return
             held[""] = args[block.stream] if isinstance(block.stream, int) else kwargs[block.stream]
 
         def closes(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if not its_turn():
+                return
             entering = held.pop("")
             leaving = first_tensor(output)
             assert leaving is not None
@@ -62,21 +69,21 @@ def watch_blocks(
         for branch in block.branches:
 
             def joins(_: nn.Module, args: Any, output: Any, branch: Branch = branch) -> None:
-                held[branch.site.id] = added(branch, output, held[""], module)
+                if its_turn():
+                    held[branch.site.id] = added(branch, output, held[""], module)
 
             handles.append(module.get_submodule(branch.outlet).register_forward_hook(joins))
         handles.append(module.register_forward_hook(closes, with_kwargs=True))
 
-    for stack in anatomy.stacks:
-        for block in stack.blocks:
-            if only is None or block is only:
+    with exits:
+        try:
+            for block in (b for k in anatomy.stacks for b in k.blocks if only is None or b is only):
                 _check(block, sampled)
                 attach(block)
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 def _check(block: Block, sampled: bool) -> None:

@@ -94,6 +94,7 @@ def modules_of(anatomy: Anatomy, sites: Iterable[str]) -> tuple[str, ...]:
     found: list[str] = []
     for site in anatomy.collapse(anatomy.expand(sites)):
         block = anatomy.block(site)
+        anatomy.stack(site).expect_unlooped("no module computes a site alone")
         if anatomy.site(site).kind is Kind.BLOCK:
             found.append(block.path)
         else:

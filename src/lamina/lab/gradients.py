@@ -125,6 +125,7 @@ def graph_recorded(model: nn.Module, anatomy: Anatomy) -> Iterator[list[_Passed]
 
     try:
         for stack in anatomy.stacks:
+            stack.expect_unlooped("no gradients of its sublayers")
             for block in stack.blocks:
                 attach(block, model.get_submodule(block.path))
         yield passed

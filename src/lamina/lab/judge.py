@@ -62,6 +62,7 @@ class Judge:
             raise UnsupportedError("between this stack's blocks something else happens to the stream", where="judge")
         self.lab, self.metric = lab, metric
         self.stack = lab.anatomy.stacks[0]
+        self.stack.expect_unlooped("no judge of its sublayers")
         self.base: Candidate = frozenset()
         self._heard: dict[Candidate, list[float]] = {}
         self.estimates: dict[Candidate, float] = {}

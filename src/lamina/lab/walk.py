@@ -29,6 +29,7 @@ class Walk:
         self.lab, self.stack = lab, lab.anatomy.stacks[stack]
         if not self.stack.linked:
             raise UnsupportedError("between this stack's blocks something else happens to the stream", where="walk")
+        self.stack.expect_unlooped("no walk from block to block")
         self.gone = lab.anatomy.expand(gone)
         self.at = 0
         self._calls: list[list[tuple[tuple[Any, ...], Mapping[str, Any]]]] = []

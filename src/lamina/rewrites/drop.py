@@ -135,6 +135,8 @@ def structure(anatomy: Anatomy, stack: Stack, gone: frozenset[str]) -> dict[str,
     """
     from lamina.anatomy.counting import change
 
+    if stack.looped:
+        return _fewer_passes(anatomy, stack, gone)
     own, others = _entries(anatomy, stack)
     elements = _elements(anatomy, stack)
     blocks = {n: b for n, (_, _, b) in enumerate(elements) if b is not None}
@@ -167,6 +169,38 @@ def structure(anatomy: Anatomy, stack: Stack, gone: frozenset[str]) -> dict[str,
         "copies": dict(said.copies),
         "held": dict(said.held),
         **({"sliced": dict(said.sliced), "kept": list(kept.values())} if said.sliced else {}),
+    }
+
+
+def _fewer_passes(anatomy: Anatomy, stack: Stack, gone: frozenset[str]) -> dict[str, Any]:
+    """The step where blocks are passes of one module: the config says a smaller number of them, no module goes."""
+    from lamina.anatomy.counting import fewer_passes
+    from lamina.anatomy.stacks import call, evaluating
+
+    for block in stack.blocks:
+        left = [x.site.id for x in block.branches if x.site.id not in gone]
+        if left and len(left) < len(block.branches):
+            site = next(x.site.id for x in block.branches if x.site.id in gone)
+            what = f"its weights serve {block.turns} passes"
+            raise UnsupportedError(what, where=site, hint=f"drop the whole pass, {block.site.id}")
+    kept = [n for n, b in enumerate(stack.blocks) if not all(x.site.id in gone for x in b.branches)]
+    with evaluating(anatomy.model):
+        said = fewer_passes(
+            anatomy.model, stack.path, len(stack.blocks), kept, lambda: call(anatomy.model, anatomy.sample)
+        )
+    return {
+        "format": 1,
+        "kind": "drop",
+        "stack": stack.path,
+        "depth": len(list(anatomy.model.get_submodule(stack.path).children())),
+        "passes": kept,
+        "blocks": [],
+        "branches": [],
+        "cached": [],
+        "stream": stack.blocks[0].stream,
+        "index": [],
+        "config_path": list(said.path),
+        "config": said.edits,
     }
 
 

@@ -234,7 +234,7 @@ class _Trials:
 
 
 def reload(cases: Sequence[Case]) -> list[Any]:
-    """The contract of each case: its evidence, or the error. Where one ends that of all, each gets its own process."""
+    """The contract of each case: its evidence, or the error. Where one ends that of all, each half gets a process."""
     try:
         with quiet():
             asked = [(c.folder, c.model, c.sample, c.dense) for c in cases]
@@ -243,7 +243,8 @@ def reload(cases: Sequence[Case]) -> list[Any]:
         found = [error] * len(cases)
     ended = all(isinstance(f, Exception) and (not isinstance(f, ReloadError) or CRASHED in f.what) for f in found)
     if ended and len(cases) > 1:
-        return [outcome for case in cases for outcome in reload([case])]
+        half = len(cases) // 2
+        return reload(cases[:half]) + reload(cases[half:])
     return found
 
 

@@ -115,21 +115,24 @@ def handed_on(model: nn.Module, sample: Mapping[str, Any], paths: Sequence[str],
 
     What one block takes from the one before, it takes of its own arguments; where the model does something between the
     two, that is the first argument shaped like what it returns. The rest of what it returns is what it returned in a
-    run of the whole model.
+    run of the whole model. A path that is there several times is a module that makes so many passes.
     """
     pair = (gone - 1, gone) if gone else (0, 1)
     calls = _recorded(model, sample, [paths[n] for n in (*pair, gone)])
-    first, second = (calls[paths[n]][0] for n in pair)
+    turn = [paths[:n].count(path) for n, path in enumerate(paths)]
+    first, second = (calls[paths[n]][turn[n]] for n in pair)
     taken = {i: place for i, leaf in enumerate(first.leaves) for place, value in second.given if value is leaf}
-    taken = taken or calls[paths[gone]][0].alike()
+    taken = taken or calls[paths[gone]][turn[gone]].alike()
     if not taken:
         raise UnsupportedError("the block takes nothing that is shaped like what it returns", where=paths[gone])
     module = model.get_submodule(paths[gone])
-    before = module.__dict__.get("forward")
-    rounds = iter(calls[paths[gone]])
+    before, usual = module.__dict__.get("forward"), module.forward
+    rounds = enumerate(calls[paths[gone]])
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        own = next(rounds)
+        number, own = next(rounds)
+        if number % paths.count(paths[gone]) != turn[gone]:
+            return usual(*args, **kwargs)
         leaves = list(own.leaves)
         for leaf, place in taken.items():
             leaves[leaf] = args[place] if isinstance(place, int) else kwargs[place]

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from lamina.anatomy import Anatomy
 from lamina.anatomy.trial import ablated
 from lamina.core.documents import Receipt, Step
-from lamina.core.errors import UnsupportedError
 from lamina.evaluators.reload import contract
 from lamina.exporters.hf import save_checkpoint
 from lamina.lab.load import load, quiet

@@ -150,7 +150,7 @@ MUTANTS: dict[str, tuple[str, Callable[[Stack], Stack], set[str]]] = {
     "the outlets of two branches swapped": ("llama", each_branch(outlets_swapped), {"sublayer"}),
     "the modules of two branches swapped": ("llama", each_branch(another_core), {"sublayer"}),
     "a norm after the branch forgotten": ("bert", each_branch(norm_forgotten), {"sublayer"}),
-    "the norm for the core": ("llama", each_branch(core_in_place_of_norm), {"sublayer"}),
+    "the norm for the core": ("llama", each_branch(core_in_place_of_norm), {"block", "sublayer"}),
     "two blocks in each other's place": ("llama", blocks_turned, {"block", "sublayer"}),
 }
 

@@ -17,7 +17,7 @@ from lamina.anatomy.costs import kv_bytes, ledger
 from lamina.anatomy.joins import StreamError
 from lamina.anatomy.parts import Block, Branch, Certificate, Ledger, Stack
 from lamina.anatomy.stacks import Seen, call, carries, default_sample, evaluating, find_stacks, linked
-from lamina.anatomy.trace import Flops, first_tensor
+from lamina.anatomy.trace import Flops
 from lamina.anatomy.units import UNITS, UnitSites
 from lamina.core.errors import CertificateError, InputError, UnsupportedError, did_you_mean
 from lamina.core.sites import SUBLAYERS, Cost, Kind, Site, Tie
@@ -261,12 +261,12 @@ def _stack(model: nn.Module, name: str, path: str, chain: list[Seen]) -> Stack:
 
 def _read(seen: Seen, block_id: str, number: int, carried: Sequence[int]) -> Block:
     """A block, traced on its own."""
-    branches, after, trace = find_branches(seen, block_id, number, carried)
+    branches, after, trace, tells = find_branches(seen, block_id, number, carried)
     if not branches:
         raise UnsupportedError("the block joins nothing to the stream", where=block_id)
     site = Site(block_id, Kind.BLOCK, seen.path, number)
-    macs = seen.products(trace.flops)
-    return Block(site, seen.path, branches, seen.stream, returns_of(seen.output), macs, after, seen.turn, seen.turns)
+    returns, macs = returns_of(seen.output, seen.entering), seen.products(trace.flops)
+    return Block(site, seen.path, branches, seen.stream, returns, macs, after, seen.turn, seen.turns, tells)
 
 
 def _copied(alike: Block, seen: Seen, block_id: str, number: int) -> Block:
@@ -292,13 +292,13 @@ def _signature(seen: Seen, number: int) -> tuple[Any, ...]:
         kept = sorted((k, v) for k, v in vars(module).items() if isinstance(v, bool | float | str | int))
         parts.append((path, type(module), shapes, tuple(kv for kv in kept if kv[1] is True or kv[1] != number)))
     called = tuple(type(a) for a in seen.args), tuple(sorted((k, str(type(v))) for k, v in seen.kwargs.items()))
-    return tuple(parts), called, seen.stream, tuple(seen.entering.shape), returns_of(seen.output), seen.rounds
+    returns = returns_of(seen.output, seen.entering)
+    return tuple(parts), called, seen.stream, tuple(seen.entering.shape), returns, seen.rounds
 
 
 def first_width(chain: list[Seen]) -> int:
     """The width of the residual stream."""
-    leaving = first_tensor(chain[0].output)
-    return 0 if leaving is None else leaving.shape[-1]
+    return chain[0].leaving.shape[-1]
 
 
 def _mark_cached(block: Block, index: tuple[str, ...]) -> Block:

@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from lamina.anatomy.joins import MOVES, PUTS, Joins, Leaf, StreamError, light, unscaled, void
 from lamina.anatomy.parts import SUBLAYER_NAMES, Branch, Turn
 from lamina.anatomy.roles import SOFTMAX, kind_of
 from lamina.anatomy.stacks import Seen
-from lamina.anatomy.trace import ADDS, PASSES, SCALES, Call, Node, Trace, aten, first_tensor
+from lamina.anatomy.trace import ADDS, PASSES, SCALES, Call, Node, Trace, aten, first_tensor, fresh
 from lamina.core.errors import CertificateError
 from lamina.core.sites import Site
 
@@ -50,8 +49,9 @@ def find_stream(seen: Seen, where: str) -> tuple[Trace, Joins, Any]:
     """
     trace = Trace(seen.module)
     source = trace.node(seen.entering)
+    args, kwargs = fresh((seen.args, seen.kwargs))
     with trace.watching():
-        output = seen.module(*seen.args, **seen.kwargs)
+        output = seen.module(*args, **kwargs)
     out = first_tensor(output, tuple(seen.entering.shape))
     if out is None:
         raise StreamError("the block returns no stream", where=where)
@@ -60,8 +60,10 @@ def find_stream(seen: Seen, where: str) -> tuple[Trace, Joins, Any]:
 
 def find_branches(
     seen: Seen, block_id: str, number: int, carried: Sequence[int] = ()
-) -> tuple[tuple[Branch, ...], tuple[Turn, ...], Trace]:
+) -> tuple[tuple[Branch, ...], tuple[Turn, ...], Trace, bool]:
     """The branches of one block in the order in which they join, and what happens to the stream after the last.
+
+    Also what was traced, and whether the block computes any of what the next one reads beside the stream.
 
     `carried` are the places, in what the block returns, of what the next one reads beside the stream.
     Runs the block on its recorded input. Raises CertificateError where the block is not its input plus branches.
@@ -86,7 +88,8 @@ def find_branches(
         name = name if names[name] == 1 else f"{name}_{names[name]}"
         site = Site(f"{block_id}.{name}", made.site.kind, f"{seen.path}.{made.core}", number)
         found.append(replace(made, site=site, reads=reads, before=before.pop(leaf.point.order, ())))
-    return tuple(found), joins.after, trace
+    tells = any(trace.node(t).op is not None for t in beside if isinstance(t, Tensor))
+    return tuple(found), joins.after, trace, tells
 
 
 class _Finder:
@@ -106,6 +109,7 @@ class _Finder:
         own = self._own(term, end) or [outlet]
         core = max(own, key=lambda c: (_weight(c.module), -c.ended))
         core = core if _weight(core.module) else outlet
+        own = [c for c in own if c is core or sum(n is not None for n in c.nodes) == 1]
         place = _place(core, self.seen)
         kept: dict[str, Any] = {
             "core": core.path,
@@ -127,9 +131,12 @@ class _Finder:
                 )
             kept |= held[1] if held else {"widths": _widths(own, core)}
             kind = kind_of(self.trace, held[0], _place(held[0], self.seen), {held[0].path}) if held else kind
+        elif sum(_weight(c.module) > 0 for c in own) > 1:
+            kept["widths"] = _widths(own, core)
         return Branch(
             site=Site(self.where, kind, core.path),
             outlet=outlet.path,
+            outlet_call=self._which(outlet),
             reads=(),
             mutated=any(n.op is aten.add_ and n.inputs and n.inputs[0] is end for n in self.trace.all()),
             outlet_index=next(i for i, n in enumerate(outlet.nodes) if n is end),
@@ -141,6 +148,11 @@ class _Finder:
             **kept,
         )
 
+    def _which(self, outlet: Call) -> int | None:
+        """Which of its calls this is; None where it is called once."""
+        calls = sorted((c for c in self.trace.calls if c.path == outlet.path), key=lambda c: c.started)
+        return None if len(calls) == 1 else next(n for n, c in enumerate(calls) if c is outlet)
+
     def _hands(self, core: Call) -> tuple[tuple[int, int | str], ...]:
         """What the core returns beside its result and was given: (place in what it returns, position or keyword)."""
         given = [*enumerate(core.args), *core.kwargs.items()]
@@ -151,9 +163,10 @@ class _Finder:
 
     def _tells(self, core: Call) -> bool:
         """Whether the core computes something that the next block reads beside the stream."""
-        known = {id(t) for t in tree_leaves((core.args, core.kwargs)) if isinstance(t, Tensor)}
-        made = {id(t) for t in tree_leaves(core.output) if isinstance(t, Tensor)} - known
-        return any(id(t) in made for t in self.beside)
+        calls = [c for c in self.trace.calls if c.path == core.path]
+        made = {n.order for c in calls for n in c.nodes if n is not None and n not in c.reads}
+        stops = set(self.joins.streams)
+        return any(made & set(upstream(self.trace.node(t), stops)) for t in self.beside if isinstance(t, Tensor))
 
     def _own(self, term: _Term, end: Node) -> list[Call]:
         """The modules that serve this branch alone: neither another one, nor the stream, nor what gates the branch."""
@@ -171,10 +184,13 @@ class _Finder:
 
         Where more lies between, also the way from there, and whether that depends on the sample's inputs.
         """
-        for node, scale in unscaled(leaf.node, leaf.scale):
+        for node, scale in () if leaf.way else unscaled(leaf.node, leaf.scale):
             if maker := self._maker(node):
                 return maker, node, scale, (), False
-        node, way, bound = leaf.node, list[Turn](), False
+        node, way = leaf.node, list(reversed(leaf.way))
+        bound = any(t.bound for t in way)
+        if way and (maker := self._maker(node)):
+            return maker, node, leaf.scale, leaf.way, bound
         while node.op in MOVES or node.op in PASSES or node.op in SCALES or node.op in ADDS or node.op in PUTS:
             found = self.joins.step(node) or self._gated(node) or self._put(node)
             if found is None:
@@ -210,11 +226,7 @@ class _Finder:
 
     def _maker(self, node: Node) -> Call | None:
         """The outermost module, of those that do not join anything, that returns this node."""
-        makers = [
-            c
-            for c in self.trace.calls
-            if c.path not in self.holding and self.often[c.path] == 1 and any(n is node for n in c.nodes)
-        ]
+        makers = [c for c in self.trace.calls if c.path not in self.holding and any(n is node for n in c.nodes)]
         return next((c for c in makers if not any(_within(c, o) for o in makers)), None)
 
     def _silent(self, core: Call, place: int | str, outlet: Call) -> bool:
@@ -324,11 +336,15 @@ def _place(core: Call, seen: Seen) -> int | str:
     return alike[0]
 
 
-def returns_of(output: Any) -> tuple[tuple[Any, ...], ...]:
-    """((index, arity), …) down to the first tensor of a nested tuple; (index, arity, "list") where it is a list."""
+def returns_of(output: Any, stream: Tensor | None = None) -> tuple[tuple[Any, ...], ...]:
+    """((index, arity), …) down to the first tensor of a nested tuple; (index, arity, "list") where it is a list.
+
+    With a `stream`, down to the first that is shaped like it.
+    """
+    shape = None if stream is None or first_tensor(output, tuple(stream.shape)) is None else tuple(stream.shape)
     path: list[tuple[Any, ...]] = []
     while isinstance(output, tuple | list):
-        index = next(i for i, x in enumerate(output) if any(isinstance(t, Tensor) for t in tree_leaves(x)))
+        index = next(i for i, x in enumerate(output) if first_tensor(x, shape) is not None)
         path.append((index, len(output), *(("list",) if isinstance(output, list) else ())))
         output = output[index]
     return tuple(path)

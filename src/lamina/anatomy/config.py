@@ -30,12 +30,18 @@ Count = tuple[str, int | None]
 """
 
 
+def config_of(module: Any) -> Any:
+    """The module's config, if it is one of transformers' kind; None for others' (a plain mapping of arguments)."""
+    config = getattr(module, "config", None)
+    return config if hasattr(config, "to_dict") else None
+
+
 def owner_of(model: nn.Module, stack_path: str, depth: int) -> str | None:
     """The path of the nearest module above the stack whose config, or one inside it, counts `depth` layers."""
     parts = stack_path.split(".") if stack_path else []
     for cut in range(len(parts), -1, -1):
         path = ".".join(parts[:cut])
-        config = getattr(model.get_submodule(path), "config", None)
+        config = config_of(model.get_submodule(path))
         if config is not None and any(counts(inner, depth) for _, inner in tree(config)):
             return path
     return None
@@ -225,7 +231,7 @@ def index_strides(blocks: Sequence[nn.Module], places: Sequence[int] | None = No
 
 def config_path(model: nn.Module, config: Any) -> list[str]:
     """The attribute path from the model's config to `config`; empty where they are the same."""
-    root = getattr(model, "config", None)
+    root = config_of(model)
     if config is None or root is None:
         return []
     for path, inner in tree(root):

@@ -12,7 +12,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from lamina.anatomy.config import COUNTING, STANDARD, Count, Edits, counts, edits, fields, repeated, spelt_out, tree
+from lamina.anatomy.config import (
+    COUNTING,
+    STANDARD,
+    Count,
+    Edits,
+    config_of,
+    counts,
+    edits,
+    fields,
+    repeated,
+    spelt_out,
+    tree,
+)
 from lamina.anatomy.passes import order
 from lamina.core.errors import UnsupportedError
 
@@ -47,7 +59,7 @@ def twin(model: nn.Module, config: Any = None) -> nn.Module | None:
     The config is copied first.
     """
     kind = dense_class(model)
-    config = copy.deepcopy(getattr(model, "config", None) if config is None else config)
+    config = copy.deepcopy(config_of(model) if config is None else config)
     if config is None or not hasattr(kind, "_from_config"):
         return None
     try:
@@ -79,7 +91,7 @@ def change(model: nn.Module, stack_path: str, kept: Sequence[int]) -> Change:
     Raises UnsupportedError where no field counts the stack's layers, or where the config can't say what remains.
     """
     depth = len(list(model.get_submodule(stack_path).children()))
-    if len(kept) == depth or getattr(model, "config", None) is None:
+    if len(kept) == depth or config_of(model) is None:
         return Change()
     return _Trial(model, stack_path, kept, depth).best()
 
@@ -90,7 +102,7 @@ def fewer_passes(model: nn.Module, stack_path: str, depth: int, kept: Sequence[i
     A field is right if `run`, with the field changed, has the model call the modules of those passes and no others.
     Raises UnsupportedError where no field does.
     """
-    if getattr(model, "config", None) is None:
+    if config_of(model) is None:
         raise UnsupportedError("no config says how many passes its modules make", where=stack_path)
     passes = order(model, stack_path, run)
     wanted = [passes[n] for n in kept]
@@ -145,7 +157,7 @@ class _Trial:
         if max(known) < len(FITS):
             self._check_periods(one)
         sliced = self._slices(shapes(built))
-        return replace(one, copies=self._copies(built), held=self._held(built, sliced), sliced=sliced)
+        return replace(one, copies=self._copies(built), held=self._held(built, sliced, one.edits), sliced=sliced)
 
     def _slices(self, theirs: Shapes) -> dict[str, int]:
         """Tensors outside the stack that hold a part for each layer → the dimension.
@@ -207,7 +219,7 @@ class _Trial:
         """The configs of the modules above the stack: id → how far above."""
         parts = self.path.split(".")
         paths = [".".join(parts[:cut]) for cut in range(len(parts), -1, -1)]
-        configs = [getattr(self.model.get_submodule(p), "config", None) for p in paths]
+        configs = [config_of(self.model.get_submodule(p)) for p in paths]
         return {id(c): far for far, c in reversed(list(enumerate(configs))) if c is not None}
 
     def _build(self, one: Change) -> nn.Module | None:
@@ -245,19 +257,20 @@ class _Trial:
         found: dict[str, Edits] = {}
         others = dict(built.named_modules())
         for path, module in self.model.named_modules():
-            config = getattr(module, "config", None)
-            if not hasattr(config, "to_dict") or id(config) in seen or path.startswith(f"{self.path}."):
+            config = config_of(module)
+            if config is None or id(config) in seen or path.startswith(f"{self.path}."):
                 continue
             seen.add(id(config))
-            other = getattr(others.get(path), "config", None)
+            other = config_of(others.get(path))
             if other is not None and (differing := self._differing(fields(config), fields(other))):
                 found[path] = differing
         return found
 
-    def _held(self, built: nn.Module, sliced: Mapping[str, int]) -> dict[str, Edits]:
+    def _held(self, built: nn.Module, sliced: Mapping[str, int], said: Edits) -> dict[str, Edits]:
         """What changes in the plain attributes of modules outside the stack that speak of layers.
 
-        Of those whose tensors are `sliced`, all that changes.
+        Those are named so, or as a field of the config that changes. Of modules whose tensors are `sliced`, all that
+        changes.
         """
         found: dict[str, Edits] = {}
         others = dict(built.named_modules())
@@ -268,7 +281,7 @@ class _Trial:
                     {k: v for k, v in vars(m).items() if not k.startswith("_") and _plain(v)}
                     for m in (module, others[path])
                 )
-                speak = {k: v for k, v in mine.items() if path in owners or COUNTING.search(k)}
+                speak = {k: v for k, v in mine.items() if path in owners or k in said or COUNTING.search(k)}
                 if differing := self._differing(speak, theirs, sure=path in owners):
                     found[path] = differing
         return found
@@ -278,10 +291,11 @@ class _Trial:
         found: Edits = {}
         for key, old in mine.items():
             new = theirs.get(key)
-            if type(old) is not type(new) or old == new:
+            if isinstance(old, list | tuple) and isinstance(new, list | tuple):
+                if list(old) != list(new):
+                    found[key] = [list(old), list(new)]
+            elif type(old) is not type(new) or old == new:
                 continue
-            if isinstance(old, list | tuple):
-                found[key] = [list(old), list(theirs[key])]
             elif sure or isinstance(old, Mapping) or COUNTING.search(key):
                 found[key] = [old, new]
         return found

@@ -41,11 +41,15 @@ MIXES = frozenset({aten.bmm, aten.matmul})
 
 @dataclass(eq=False)
 class Leaf:
-    """What one addition joins to the stream: a node times a factor; `point` is the addition."""
+    """What one addition joins to the stream: a node times a factor; `point` is the addition.
+
+    `way` is what happens to the node before it joins, beyond the factor.
+    """
 
     node: Node
     scale: float
     point: Node
+    way: tuple[Turn, ...] = ()
 
 
 @dataclass(eq=False)
@@ -169,7 +173,7 @@ class Joins:
             return None
         args = tuple(HERE if a is before else _still(a) for a in node.args)
         bound = any(self.given(n) for n in node.inputs if n is not before)
-        return Turn(op=node.op, args=args, kwargs=_still(dict(node.kwargs)), bound=bound), before
+        return Turn(op=node.op, args=args, kwargs=_still(dict(node.kwargs)), bound=bound, place=node.place), before
 
     def moved(self, node: Node) -> bool:
         """Whether a node depends on the block's input."""
@@ -240,17 +244,28 @@ class Joins:
             raise CertificateError("the stream is added with a factor", where=self.where)
         scopes = {node.scope, *(j.point.scope for j in self.joins)}
         self.joins.append(Join(node, stream[0], []))
-        self.joins[-1].leaves = [Leaf(n, scale, node) for n, scale in self._split(other, alpha, scopes)]
+        self.joins[-1].leaves = [Leaf(n, scale, node, way) for n, scale, way in self._split(other, alpha, scopes)]
         return stream[0]
 
-    def _split(self, node: Node, scale: float, scopes: set[str]) -> list[tuple[Node, float]]:
-        """The terms of a sum made where the stream itself is summed (parallel branches)."""
+    def _split(self, node: Node, scale: float, scopes: set[str]) -> list[tuple[Node, float, tuple[Turn, ...]]]:
+        """The terms of a sum made where the stream itself is summed (parallel branches), also if it is gated or cut."""
         inner, factor = unscaled(node, scale)[-1]
-        summed = inner.op in ADDS and inner.scope in scopes and len(inner.inputs) == 2
-        terms = [n for n in inner.inputs if not void(n)]
-        if summed and inner.inputs[0].shape == inner.inputs[1].shape and all(map(self.moved, terms)):
+        if terms := self._terms(inner, scopes):
             return [t for n in terms for t in self._split(n, factor, scopes)]
-        return [(node, scale)]
+        here, turns = node, tuple[Turn, ...]()
+        while (here.op in SCALES or here.op in MOVES or here.op in PASSES) and (found := self.step(here)):
+            bound = found[0].bound or here.op not in SCALES
+            turns, here = (replace(found[0], bound=bound), *turns), found[1]
+            if terms := self._terms(here, scopes):
+                return [(n, k, (*way, *turns)) for t in terms for n, k, way in self._split(t, scale, scopes)]
+        return [(node, scale, ())]
+
+    def _terms(self, node: Node, scopes: set[str]) -> list[Node]:
+        """What is summed, where it all depends on the stream."""
+        summed = node.op in ADDS and node.scope in scopes and len(node.inputs) == 2
+        terms = [n for n in node.inputs if not void(n)]
+        alike = summed and node.inputs[0].shape == node.inputs[1].shape and all(map(self.moved, terms))
+        return terms if alike else []
 
     def _number(self) -> None:
         """Every node of the stream → how many additions lie behind it."""

@@ -18,7 +18,8 @@ class Turn:
     """What happens to a tensor on its way: a norm's module, or an operation with fixed other operands.
 
     `module` is its path relative to the block; else `op` is called with `args`, HERE standing for the tensor, seen in
-    the form `shape` where one is given. `bound`: the other operands were made from the sample's inputs.
+    the form `shape` where one is given; of several results, number `place` is taken. `bound`: the other operands were
+    made from the sample's inputs.
     """
 
     module: str = ""
@@ -27,6 +28,7 @@ class Turn:
     kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])
     shape: tuple[int, ...] = ()
     bound: bool = False
+    place: int | None = None
 
     def __call__(self, block: nn.Module, tensor: Tensor) -> Tensor:
         """The tensor afterwards."""
@@ -34,6 +36,7 @@ class Turn:
             return block.get_submodule(self.module)(tensor)
         given = tensor.reshape(self.shape) if self.shape else tensor
         made = self.op(*(given if a is HERE else a for a in self.args), **self.kwargs)
+        made = made if self.place is None else made[self.place]
         return made.reshape(tensor.shape) if self.shape else made
 
     def __eq__(self, other: object) -> bool:
@@ -71,11 +74,11 @@ class Branch:
 
     Paths are relative to the block. `core` does the work; `own` are the other modules that serve this branch
     alone (its norms); `outlet` is the module whose output joins the stream (`mutated`: the block adds into it in
-    place); `tail` is the linear map whose output is what joins ('' where something else, such as a norm, comes
-    last). `reads` lists the positions of the branches of the same block that have joined the stream before this
-    one reads it. `stream` tells where the core takes its input (position or keyword), `returns` the structure of
-    its output: the index of the tensor and the arity at each level, as `((0, 2),)` for the first of a pair
-    (`((0, 2, "list"),)` for that of a list).
+    place; `outlet_call`: it is its call of that number, of several in a run of the block); `tail` is the linear map
+    whose output is what joins ('' where something else, such as a norm, comes last). `reads` lists the positions of
+    the branches of the same block that have joined the stream before this one reads it. `stream` tells where the core
+    takes its input (position or keyword), `returns` the structure of its output: the index of the tensor and the arity
+    at each level, as `((0, 2),)` for the first of a pair (`((0, 2, "list"),)` for that of a list).
 
     `before` is what happens to the stream after the branch that joins before this one, and before this one joins.
     `joins`: the core adds to the stream itself, so that without the branch it hands on its argument `stream`, by way of
@@ -97,6 +100,7 @@ class Branch:
     stream: int | str = 0
     returns: tuple[tuple[Any, ...], ...] = ()
     outlet_index: int = 0
+    outlet_call: int | None = None
     tail: str = ""
     cached: bool = False
     mutated: bool = False
@@ -124,7 +128,8 @@ class Block:
     """One element of a stack, in depth order. `path` is absolute; `stream` and `returns` as for a branch's core.
 
     `after` is what happens to the stream after the last branch has joined. Where a model runs one module again and
-    again, each pass is a block: number `turn` of `turns`, all with the same path and the same weights.
+    again, each pass is a block: number `turn` of `turns`, all with the same path and the same weights. `tells`: it
+    computes something beside the stream that the next one reads.
     """
 
     site: Site
@@ -136,6 +141,7 @@ class Block:
     after: tuple[Turn, ...] = ()
     turn: int = 0
     turns: int = 1
+    tells: bool = False
 
     @property
     def bound(self) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from lamina.anatomy.trace import Call, Trace, aten, first_tensor
+from lamina.anatomy.trace import Call, Trace, aten, first_tensor, fresh
 from lamina.core.sites import Kind
 
 SOFTMAX = frozenset(
@@ -42,7 +42,7 @@ def _tokens(core: Call, place: int | str) -> Tensor:
 
 def _run(core: Call, filler: dict[str, Tensor], swap: Any) -> Tensor | None:
     """What the core makes of its inputs, some of them changed."""
-    args, kwargs = tree_map_only(Tensor, swap, (tuple(core.args), dict(core.kwargs)))
+    args, kwargs = fresh(tree_map_only(Tensor, swap, (tuple(core.args), dict(core.kwargs))))
     with torch.no_grad():
         return first_tensor(functional_call(core.module, filler, args, kwargs))
 

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from lamina.anatomy.trace import first_tensor
+from lamina.anatomy.trace import first_tensor, fresh
 from lamina.core.errors import InputError, UnsupportedError
 
 
@@ -47,7 +48,8 @@ class Seen:
     @property
     def leaving(self) -> Tensor:
         """The stream that comes out."""
-        found = first_tensor(self.output)
+        found = first_tensor(self.output, tuple(self.entering.shape))
+        found = first_tensor(self.output) if found is None else found
         if found is None:
             raise UnsupportedError("the block returns no tensor", where=self.path)
         return found
@@ -110,7 +112,7 @@ def _watched(model: nn.Module, seen: list[Seen]) -> Iterator[None]:
             where = f"{path}.{name}" if path else name
 
             def opens(module: nn.Module, args: Any, kwargs: Any, where: str = where) -> None:
-                seen.append(Seen(where, module, args, kwargs))
+                seen.append(Seen(where, module, *fresh((args, kwargs))))
 
             def closes(module: nn.Module, args: Any, kwargs: Any, output: Any, where: str = where) -> None:
                 next(s for s in reversed(seen) if s.path == where and s.output is None).output = output
@@ -124,15 +126,25 @@ def _watched(model: nn.Module, seen: list[Seen]) -> Iterator[None]:
             handle.remove()
 
 
-def _stream_of(seen: Seen) -> int | str | None:
-    """Where the element takes the stream: the first argument shaped like what it returns."""
-    out = first_tensor(seen.output)
-    if out is None or not out.is_floating_point() or out.ndim < 2:
-        return None
-    for place, value in [*enumerate(seen.args), *seen.kwargs.items()]:
-        if isinstance(value, Tensor) and value.shape == out.shape:
-            return place
-    return None
+def _streams_of(seen: Seen) -> list[int | str]:
+    """Where the element may take the stream: arguments shaped like what it returns, the likeliest first."""
+    made = [t for t in tree_leaves(seen.output) if isinstance(t, Tensor) and t.is_floating_point() and t.ndim > 1]
+    given = [(p, v) for p, v in [*enumerate(seen.args), *seen.kwargs.items()] if isinstance(v, Tensor)]
+    return list(dict.fromkeys(p for out in made for p, v in given if v.shape == out.shape))
+
+
+def _choose_stream(calls: list[Seen]) -> None:
+    """Where elements take several streams, and those that come first make no chain, another that does."""
+    first = [c.stream for c in calls]
+    for place in _streams_of(calls[0]):
+        if _is_chain(calls):
+            return
+        if all(place in _streams_of(c) for c in calls):
+            for one in calls:
+                one.stream = place
+    if not _is_chain(calls):
+        for one, place in zip(calls, first, strict=True):
+            one.stream = place
 
 
 def find_stacks(model: nn.Module, sample: Mapping[str, Any]) -> list[tuple[str, list[Seen]]]:
@@ -145,9 +157,9 @@ def find_stacks(model: nn.Module, sample: Mapping[str, Any]) -> list[tuple[str, 
         call(model, sample)
     parents: dict[str, list[Seen]] = {}
     for one in seen:
-        place = _stream_of(one) if one.output is not None else None
-        if place is not None:
-            one.stream = place
+        places = _streams_of(one) if one.output is not None else []
+        if places:
+            one.stream = places[0]
             parents.setdefault(one.path.rpartition(".")[0], []).append(one)
     often = Counter(one.path for one in seen)
     for one in seen:
@@ -155,6 +167,7 @@ def find_stacks(model: nn.Module, sample: Mapping[str, Any]) -> list[tuple[str, 
     parents = {path: _first_round(calls) for path, calls in parents.items()}
     for calls in parents.values():
         _count_passes(calls, often)
+        _choose_stream(calls)
     chains = {path: calls for path, calls in parents.items() if _is_chain(calls)}
     long = {p for p, c in chains.items() if len(c) > 1} or set(chains)
     outer = dict.fromkeys(_holder(p, chains) for p in long if not any(_inside(p, q) for q in long))
@@ -211,7 +224,8 @@ def carries(calls: list[Seen]) -> tuple[tuple[int, int | str], ...]:
     for one, other in pairwise(calls):
         out = one.output if isinstance(one.output, tuple | list) else ()
         given = [*enumerate(other.args), *other.kwargs.items()]
-        pairs = {(i, p) for i, v in enumerate(out) for p, g in given if i and isinstance(v, Tensor) and v is g}
+        main = one.leaving
+        pairs = {(i, p) for i, v in enumerate(out) for p, g in given if isinstance(v, Tensor) and v is g is not main}
         found.append(pairs)
     return tuple(sorted(set.union(*found), key=str)) if found else ()
 

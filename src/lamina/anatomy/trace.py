@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,18 @@ PASSES = frozenset(
 """Ops whose output is their first input, reshaped or converted."""
 
 
+@runtime_checkable
+class _Caching(Protocol):
+    """A cache of keys and values, whatever its class."""
+
+    def get_seq_length(self) -> int: ...
+
+
+def fresh(given: Any) -> Any:
+    """The same arguments, caches copied: a call adds to them, and there is more than one."""
+    return tree_map_only(_Caching, copy.deepcopy, given)
+
+
 @dataclass(eq=False)
 class Node:
     """One tensor: the op that made it, from which nodes, inside which submodule (dotted, '' = the root)."""
@@ -37,6 +50,8 @@ class Node:
     scope: str = ""
     shape: tuple[int, ...] = ()
     value: Tensor | None = None
+    place: int | None = None
+    """Which of the op's results it is, where there are several."""
 
 
 @dataclass(eq=False)
@@ -104,9 +119,10 @@ class Trace(TorchDispatchMode):
         self.ops.add((scope, packet))
         inputs = tuple(self.node(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
         noted = tree_map_only(Tensor, lambda t: self._nodes[id(t)], (tuple(args), dict(kwargs)))
-        for leaf in tree_leaves(out):
+        for place, leaf in enumerate(tree_leaves(out)):
             if isinstance(leaf, Tensor):
                 node = Node(self._tick(), packet, inputs, noted[0], noted[1], scope, tuple(leaf.shape), leaf)
+                node.place = None if isinstance(out, Tensor) else place
                 self._enter(leaf, node)
         if packet in flop_registry:
             count = int(flop_registry[packet](*args, **kwargs, out_val=out))
@@ -132,7 +148,7 @@ class Trace(TorchDispatchMode):
 
     def _opens(self, path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            call = Call(path, module, args, kwargs, started=self._tick(), reads=self.nodes((args, kwargs)))
+            call = Call(path, module, *fresh((args, kwargs)), started=self._tick(), reads=self.nodes((args, kwargs)))
             self._stack.append(call)
 
         return hook

@@ -63,8 +63,8 @@ def silenced(model: nn.Module, anatomy: Anatomy, site: str) -> Iterator[None]:
         handed = {i: args[p] if isinstance(p, int) else kwargs[p] for i, p in branch.hands}
         return type(out)(handed.get(i, v) for i, v in enumerate(out)) if handed else out
 
-    def same(tokens: Tensor, *_: Any, **__: Any) -> Tensor:
-        return tokens
+    def same(*args: Any, **kwargs: Any) -> Tensor:
+        return _first(args, kwargs)
 
     with ExitStack() as stack:
         its_turn = stack.enter_context(counted(model, anatomy.block(site)))
@@ -80,16 +80,23 @@ def _zeros(tokens: Tensor, width: int | None) -> Tensor:
     return torch.zeros_like(tokens) if width is None else tokens.new_zeros((*tokens.shape[:-1], width))
 
 
-def _wide(width: int, tokens: Tensor, *_: Any, **__: Any) -> Tensor:
-    return _zeros(tokens, width)
+def _wide(width: int, *args: Any, **kwargs: Any) -> Tensor:
+    return _zeros(_first(args, kwargs), width)
+
+
+def _first(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 @contextmanager
-def passed(model: nn.Module, block: Block) -> Iterator[None]:
-    """Inside, the block hands its stream on as it is, norms of the stream included."""
+def passed(model: nn.Module, block: Block, carries: Sequence[tuple[int, int | str]] = ()) -> Iterator[None]:
+    """Inside, the block hands its stream on as it is, norms of the stream included, and what it `carries` beside it."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return wrapped(args[block.stream] if isinstance(block.stream, int) else kwargs[block.stream], block.returns)
+        out = wrapped(args[block.stream] if isinstance(block.stream, int) else kwargs[block.stream], block.returns)
+        given = {**dict(enumerate(args)), **kwargs}
+        beside = {i: given[place] for i, place in carries if place in given}
+        return type(out)(beside.get(i, v) for i, v in enumerate(out)) if beside else out
 
     with counted(model, block) as its_turn, forward_of(model.get_submodule(block.path), forward, its_turn):
         yield
@@ -100,9 +107,9 @@ def ablated(model: nn.Module, anatomy: Anatomy, sites: Iterable[str]) -> Iterato
     """Inside, these blocks and branches are gone; a block whose branches all go goes as a whole."""
     with ExitStack() as stack:
         for site in anatomy.collapse(anatomy.expand(sites)):
-            block = anatomy.block(site)
-            if block.site.id == site and not block.plain:
-                stack.enter_context(passed(model, block))
+            block, carries = anatomy.block(site), anatomy.stack(site).carries
+            if block.site.id == site and (carries or not block.plain):
+                stack.enter_context(passed(model, block, carries))
                 continue
             for part in anatomy.parts(site):
                 stack.enter_context(silenced(model, anatomy, part.id))

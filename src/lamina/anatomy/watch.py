@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -48,10 +49,12 @@ def watch_blocks(
     def attach(block: Block) -> None:
         module = model.get_submodule(block.path)
         held: dict[str, Tensor] = {}
+        met: Counter[str] = Counter()
         its_turn = exits.enter_context(counted(model, block))
 
         def opens(_: nn.Module, args: Any, kwargs: Any) -> None:
             held.clear()
+            met.clear()
             if not its_turn():
                 return
             held[""] = args[block.stream] if isinstance(block.stream, int) else kwargs[block.stream]
@@ -60,7 +63,7 @@ def watch_blocks(
             if not its_turn():
                 return
             entering = held.pop("")
-            leaving = first_tensor(output)
+            leaving = first_tensor(output, tuple(entering.shape))
             assert leaving is not None
             watcher(block, entering, held, leaving)
             held.clear()
@@ -69,7 +72,8 @@ def watch_blocks(
         for branch in block.branches:
 
             def joins(_: nn.Module, args: Any, output: Any, branch: Branch = branch) -> None:
-                if its_turn():
+                met[branch.site.id] += 1
+                if its_turn() and branch.outlet_call in (None, met[branch.site.id] - 1):
                     held[branch.site.id] = added(branch, output, held[""], module)
 
             handles.append(module.get_submodule(branch.outlet).register_forward_hook(joins))

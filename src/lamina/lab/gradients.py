@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lamina.anatomy.trace import first_tensor
-from lamina.core.errors import InputError, did_you_mean
+from lamina.core.errors import InputError, UnsupportedError, did_you_mean
 from lamina.lab.lab import Batch, Lab, _feeder, real
 
 if TYPE_CHECKING:
@@ -127,11 +127,18 @@ def graph_recorded(model: nn.Module, anatomy: Anatomy) -> Iterator[list[_Passed]
         for stack in anatomy.stacks:
             stack.expect_unlooped("no gradients of its sublayers")
             for block in stack.blocks:
+                _expect_once(block)
                 attach(block, model.get_submodule(block.path))
         yield passed
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _expect_once(block: Block) -> None:
+    for branch in block.branches:
+        if branch.outlet_call is not None:
+            raise UnsupportedError("no gradients: its module is called several times in a block", where=branch.site.id)
 
 
 def _joins(branch: Branch, passed: list[_Passed]) -> Callable[..., Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from lamina.core.registry import rewrite
 from lamina.core.sites import SUBLAYERS, Kind
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torch import Tensor, nn
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 SAME = 256, 0.05
 """How far apart the silenced and the thinned model may be: rounding steps of the largest output, at most that share."""
+KEEP = "something else in the model needs it; keep it"
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Drop:
         if problems:
             return problems
         gone = anatomy.expand(step.sites)
+        problems += _half_blocks(anatomy, step.sites, gone)
         for stack in anatomy.stacks:
             parts = [x for b in stack.blocks for x in b.branches]
             if all(x.site.id in gone for x in parts):
@@ -95,6 +98,18 @@ class Drop:
         from lamina.rewrites.structure import replay
 
         replay(skeleton, receipt.structure["steps"])
+
+
+def _half_blocks(anatomy: Anatomy, sites: Sequence[str], gone: frozenset[str]) -> list[Problem]:
+    """Sublayers that are all of a block that does more than they do: what it hands on beside the stream."""
+    found = []
+    for stack in anatomy.stacks:
+        for block in (b for b in stack.blocks if b.tells and b.site.id not in sites):
+            parts = [x.site.id for x in block.branches]
+            if gone.issuperset(parts):
+                what = "the next block reads what its block computes beside the stream"
+                found.append(Problem(parts[0], what, f"drop the whole block, {block.site.id}"))
+    return found
 
 
 def _measuring(parts: Sequence[Branch]) -> list[Branch]:
@@ -301,8 +316,41 @@ def _tried(anatomy: Anatomy, gone: frozenset[str]) -> Tensor | None:
     """What the model answers to the sample with these silenced."""
     from lamina.anatomy.trial import ablated
 
-    with ablated(anatomy.model, anatomy, gone):
-        return _answer(anatomy)
+    try:
+        with ablated(anatomy.model, anatomy, gone), _expect_silent(anatomy, gone):
+            return _answer(anatomy)
+    except (LaminaError, MemoryError):
+        raise
+    except Exception as error:
+        what = f"with it silenced the model fails: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UnsupportedError(what, where=_where(anatomy.collapse(gone)), hint=KEEP) from error
+
+
+@contextmanager
+def _expect_silent(anatomy: Anatomy, gone: frozenset[str]) -> Iterator[None]:
+    """Inside, what joins the stream from a silenced branch must be zeros, but for numbers that are added later."""
+    from torch.utils._pytree import tree_leaves
+
+    handles = []
+    for site in (s for s in gone if not anatomy.branch(s).joins):
+        block, branch = anatomy.block(site), anatomy.branch(site)
+
+        def hook(_: nn.Module, __: Any, output: Any, site: str = site, index: int = branch.outlet_index) -> None:
+            if tree_leaves(output)[index].any():
+                raise UnsupportedError("with its modules silenced it still adds to the stream", where=site, hint=KEEP)
+
+        outlet = anatomy.model.get_submodule(f"{block.path}.{branch.outlet}")
+        once = block.turns == 1 and branch.outlet_call is None
+        handles += [outlet.register_forward_hook(hook)] if once else []
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _where(sites: Sequence[str]) -> str:
+    return ", ".join(sites[:3]) + (" …" if len(sites) > 3 else "")
 
 
 def _answer(anatomy: Anatomy) -> Tensor | None:
@@ -324,14 +372,14 @@ def _expect_same(tried: Tensor | None, anatomy: Anatomy, sites: Sequence[str]) -
     """The model must run, and answer as it did on trial."""
     import torch
 
-    where = ", ".join(sites[:3]) + (" …" if len(sites) > 3 else "")
+    where = _where(sites)
     try:
         made = _answer(anatomy)
     except (LaminaError, MemoryError):
         raise
     except Exception as error:
         what = f"without it the model fails: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise UnsupportedError(what, where=where, hint="something else in the model needs it; keep it") from error
+        raise UnsupportedError(what, where=where, hint=KEEP) from error
     if tried is None or made is None:
         return
     if tried.shape != made.shape:
@@ -367,11 +415,11 @@ def _check_first(
 
     Raises UnsupportedError where the config tells the two apart.
     """
-    from lamina.anatomy.config import told_apart
+    from lamina.anatomy.config import config_of, told_apart
 
     measuring = [n for n, b in blocks.items() if any(x.core in own and x.site.id not in gone for x in b.branches)]
     lead, first = kept[measuring[0]], next(iter(kept.values()))
     depth = len(list(anatomy.model.get_submodule(stack.path).children()))
-    if told_apart(getattr(anatomy.model, "config", None), depth, first, lead):
+    if told_apart(config_of(anatomy.model), depth, first, lead):
         hint = "drop what else it has of the cache as well, or keep both"
         raise UnsupportedError("the first block can't do without attention of its own", where=stack.path, hint=hint)

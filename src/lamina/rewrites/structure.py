@@ -186,9 +186,17 @@ def _slice(model, name, dim, kept, depth):
     setattr(module, last, nn.Parameter(parts.contiguous(), requires_grad=tensor.requires_grad))
 
 
+class Passing(nn.Identity):
+    """Stands where a norm stood: gives its first argument, whatever else it gets."""
+
+    def forward(self, *args, **kwargs):
+        """The tokens as they are."""
+        return args[0] if args else next(iter(kwargs.values()))
+
+
 def _passing(module):
-    """Stands where a norm stood. Some models ask a norm for its weight's type: there's an empty one, never stored."""
-    stands = nn.Identity()
+    """What stands where a norm stood. Some models ask a norm for its weight's type: an empty one, never stored."""
+    stands = Passing()
     if isinstance(weight := getattr(module, "weight", None), torch.Tensor):
         stands.register_buffer("weight", weight.detach().new_empty(0), persistent=False)
     return stands

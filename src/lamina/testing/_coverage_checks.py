@@ -20,7 +20,7 @@ from lamina.core.sites import SUBLAYERS, Site
 from lamina.evaluators.reload import CHECKS, contracts
 from lamina.exporters.hf import save_checkpoint
 from lamina.lab.load import quiet
-from lamina.rewrites.drop import Drop, stack_sites, structure
+from lamina.rewrites.drop import Drop
 from lamina.testing._coverage_reference import Outputs, expect_equal, handed_on, masked, outputs, repeats
 from lamina.testing.coverage import CELLS
 
@@ -136,6 +136,17 @@ def _answer(ask: Callable[[], Any]) -> str:
     return YES
 
 
+class _Bench:
+    """As much of a lab as `drop` needs: a model, and its anatomy."""
+
+    def __init__(self, model: nn.Module, anatomy: Anatomy) -> None:
+        self.model, self.anatomy = model, copy.copy(anatomy)
+        self.anatomy.model = model
+
+    def renew(self) -> None:
+        """The anatomy is not asked for again."""
+
+
 class _Trials:
     """Drops from one model, each on a copy and judged by the reference.
 
@@ -151,9 +162,9 @@ class _Trials:
         self.missing: set[str] = set()
 
     def blocks(self) -> str:
-        """One block of each stack: the second, or the first if that one must stay."""
-        stacks = [k for k in self.anatomy.stacks if len(k.blocks) > 1]
-        return self._all("block", [[k.blocks[n].site for n in (1, 0)] for k in stacks])
+        """One block of each stack: the second, or if that one must stay the first that need not."""
+        stacks = [[b.site for b in k.blocks] for k in self.anatomy.stacks if len(k.blocks) > 1]
+        return self._all("block", [[second, first, *others] for first, second, *others in stacks])
 
     def sublayers(self) -> str:
         """One sublayer of each kind of each stack: of the second block, or of the first one that can spare it."""
@@ -192,17 +203,11 @@ class _Trials:
             if problems:
                 refused.append(problems[0].error())
                 continue
-            thin, gone = copy.deepcopy(self.model), self.anatomy.expand(step.sites)
-            touched = [k for k in self.anatomy.stacks if stack_sites(self.anatomy, k, gone)]
-            receipt = Receipt(
-                rewrite="drop",
-                sites=self.anatomy.collapse(gone),
-                before=self.anatomy.total(),
-                after=Drop().forecast(step, self.anatomy),
-                structure={"steps": [structure(self.anatomy, k, gone) for k in touched]},
-            )
-            Drop().replay(receipt, thin)
-            return site, thin, receipt
+            bench: Any = _Bench(copy.deepcopy(self.model), self.anatomy)
+            try:
+                return site, bench.model, Drop().apply(step, bench)
+            except UnsupportedError as error:
+                refused.append(error)
         raise refused[0]
 
     def _reference(self, site: Site) -> Outputs:

@@ -22,6 +22,7 @@ config, with random weights, and asked:
 | reloaded | what was thinned (a block; a sublayer) is the same after saving and loading in a fresh process |
 | generates | thinned, cached decoding equals the full forward, and a left-padded batch its rows |
 
+The block is the second of its stack, or where lamina refuses to drop that one the first that it does not.
 Outputs are equal if no number differs by more than 1e-5 of the largest; and the reference must differ from the dense
 model. A model that has no numbered modules which return a tensor shaped like one they take has no block, and is left
 out of the shares. Of generation, nothing is asked that the dense model fails itself.

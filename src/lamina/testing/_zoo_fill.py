@@ -10,13 +10,13 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 @torch.no_grad()
 def fill(model: nn.Module, seed: int = 0, loud: float = 0.5) -> nn.Module:
-    """Fill the parameters with numbers scaled by what each reads; ties stay, buffers are left alone.
+    """Fill the parameters with numbers scaled by what each reads; ties stay, buffers and padding are left alone.
 
     Gates and scales that start at zero get about one half, so that nothing is silent. `loud` is the standard
     deviation of the embeddings.
     """
     generator = torch.Generator().manual_seed(seed)
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    embeddings = {id(m.weight): m.padding_idx for m in model.modules() if isinstance(m, nn.Embedding)}
     fans = {id(m.weight): m.weight[0].numel() for m in model.modules() if isinstance(m, _CONVOLUTIONS)}
     norms = {id(p) for m in model.modules() if "norm" in type(m).__name__.lower() for p in m.parameters(recurse=False)}
     for name, p in model.named_parameters():
@@ -25,6 +25,8 @@ def fill(model: nn.Module, seed: int = 0, loud: float = 0.5) -> nn.Module:
         noise = torch.randn(p.shape, generator=generator).to(p.dtype)
         if id(p) in embeddings:
             p.copy_(loud * noise)
+            if (padding := embeddings[id(p)]) is not None:
+                p[padding] = 0
         elif p.ndim > 1:
             p.copy_(noise / fans.get(id(p), max(p.shape[-1], 16)) ** 0.5)
         elif name.endswith("bias"):

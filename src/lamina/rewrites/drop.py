@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,19 +12,14 @@ from lamina.core.registry import rewrite
 from lamina.core.sites import SUBLAYERS, Kind
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
-    from torch import Tensor, nn
+    from torch import nn
 
     from lamina.anatomy import Anatomy, Stack
     from lamina.anatomy.parts import Block, Branch
     from lamina.core.sites import Cost
     from lamina.lab import Lab
-
-
-SAME = 256, 0.05
-"""How far apart the silenced and the thinned model may be: rounding steps of the largest output, at most that share."""
-KEEP = "something else in the model needs it; keep it"
 
 
 @dataclass(frozen=True)
@@ -79,17 +73,19 @@ class Drop:
         Raises UnsupportedError, before anything is changed, for the first problem that `check` names; and, when the
         model is spoilt, where it answers otherwise.
         """
+        from lamina.rewrites._drop_proof import expect_same, tried
+
         for problem in self.check(step, lab.anatomy):
             raise problem.error()
         before, after = lab.anatomy.total(), self.forecast(step, lab.anatomy)
         gone = lab.anatomy.expand(step.sites)
-        tried = _tried(lab.anatomy, gone)
+        before_it = tried(lab.anatomy, gone)
         steps = [structure(lab.anatomy, k, gone) for k in lab.anatomy.stacks if stack_sites(lab.anatomy, k, gone)]
         receipt = Receipt(
             rewrite="drop", sites=lab.anatomy.collapse(gone), before=before, after=after, structure={"steps": steps}
         )
         self.replay(receipt, lab.model)
-        _expect_same(tried, lab.anatomy, lab.anatomy.collapse(gone))
+        expect_same(before_it, lab.anatomy, lab.anatomy.collapse(gone))
         lab.renew()
         return receipt
 
@@ -286,6 +282,7 @@ def _check_slices(
 
     from lamina.anatomy.stacks import call, evaluating
     from lamina.anatomy.trial import ablated
+    from lamina.rewrites._drop_proof import outputs
 
     name, places = next(iter(sliced)), [n for n, b in enumerate(stack.blocks) if b.site.id in whole]
     depth = len(stack.blocks)
@@ -297,110 +294,19 @@ def _check_slices(
     if any(t.is_meta for t in held.values()):
         return
     with evaluating(model), ablated(model, anatomy, whole):
-        before = _outputs(call(model, anatomy.sample))
+        before = outputs(call(model, anatomy.sample))
         try:
             for n, tensor in held.items():
                 parts = tensor.clone().unflatten(sliced[n], (depth, -1))
                 theirs = torch.tensor(places, device=tensor.device)
                 parts.index_add_(sliced[n], theirs, torch.ones_like(parts.index_select(sliced[n], theirs)))
                 model.get_parameter(n).data = parts.flatten(sliced[n], sliced[n] + 1)
-            after = _outputs(call(model, anatomy.sample))
+            after = outputs(call(model, anatomy.sample))
         finally:
             for n, tensor in held.items():
                 model.get_parameter(n).data = tensor
     if not all(torch.equal(a, b) for a, b in zip(before, after, strict=True)):
         raise UnsupportedError(f"{name} has no part of its own for each layer", where=stack.path)
-
-
-def _tried(anatomy: Anatomy, gone: frozenset[str]) -> Tensor | None:
-    """What the model answers to the sample with these silenced."""
-    from lamina.anatomy.trial import ablated
-
-    try:
-        with ablated(anatomy.model, anatomy, gone), _expect_silent(anatomy, gone):
-            return _answer(anatomy)
-    except (LaminaError, MemoryError):
-        raise
-    except Exception as error:
-        what = f"with it silenced the model fails: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise UnsupportedError(what, where=_where(anatomy.collapse(gone)), hint=KEEP) from error
-
-
-@contextmanager
-def _expect_silent(anatomy: Anatomy, gone: frozenset[str]) -> Iterator[None]:
-    """Inside, what joins the stream from a silenced branch must be zeros, but for numbers that are added later."""
-    from torch.utils._pytree import tree_leaves
-
-    handles = []
-    for site in (s for s in gone if not anatomy.branch(s).joins):
-        block, branch = anatomy.block(site), anatomy.branch(site)
-
-        def hook(_: nn.Module, __: Any, output: Any, site: str = site, index: int = branch.outlet_index) -> None:
-            if tree_leaves(output)[index].any():
-                raise UnsupportedError("with its modules silenced it still adds to the stream", where=site, hint=KEEP)
-
-        outlet = anatomy.model.get_submodule(f"{block.path}.{branch.outlet}")
-        once = block.turns == 1 and branch.outlet_call is None
-        handles += [outlet.register_forward_hook(hook)] if once else []
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _where(sites: Sequence[str]) -> str:
-    return ", ".join(sites[:3]) + (" …" if len(sites) > 3 else "")
-
-
-def _answer(anatomy: Anatomy) -> Tensor | None:
-    """The first number-like output to the anatomy's sample; the same draws every time. None without weights."""
-    import torch
-
-    from lamina.anatomy.stacks import call, evaluating
-
-    device = next(anatomy.model.parameters()).device
-    if device.type == "meta":
-        return None
-    with evaluating(anatomy.model), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        found = _outputs(call(anatomy.model, anatomy.sample))
-    return next((t for t in found if t.is_floating_point()), None)
-
-
-def _expect_same(tried: Tensor | None, anatomy: Anatomy, sites: Sequence[str]) -> None:
-    """The model must run, and answer as it did on trial."""
-    import torch
-
-    where = _where(sites)
-    try:
-        made = _answer(anatomy)
-    except (LaminaError, MemoryError):
-        raise
-    except Exception as error:
-        what = f"without it the model fails: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise UnsupportedError(what, where=where, hint=KEEP) from error
-    if tried is None or made is None:
-        return
-    if tried.shape != made.shape:
-        raise UnsupportedError(f"without it the output is {list(made.shape)}, not {list(tried.shape)}", where=where)
-    eps = torch.finfo(tried.dtype).eps
-    one, other = tried.double(), made.double()
-    same = (one == other) | (one.isnan() & other.isnan())
-    gap = (one - other).abs().masked_fill(same, 0.0)
-    largest = one.abs().masked_fill(~one.isfinite(), 0.0).max() if one.numel() else one.sum()
-    apart = float(gap.max() / largest.clamp_min(eps)) if gap.numel() else 0.0
-    if not apart <= min(SAME[0] * eps, SAME[1]):
-        what = f"dropped, it gives an output {apart:.1e} of its largest off that of the model that has it silenced"
-        raise UnsupportedError(what, where=where, hint="something else in the model reads it; keep it")
-
-
-def _outputs(out: Any) -> list[Any]:
-    """The tensors of a model's output."""
-    from torch import Tensor
-    from torch.utils._pytree import tree_leaves
-
-    return [t for t in tree_leaves(dict(out) if hasattr(out, "keys") else out) if isinstance(t, Tensor)]
 
 
 def _check_first(

@@ -154,7 +154,7 @@ def _drop(model, step):
         core = Gone(branch["stream"], branch["returns"], joins, width, keeps, hands)
         block.set_submodule(branch["core"], core.train(block.training))
         for path in branch["own"]:
-            gone = Gone(width=widths[path]) if path in widths else _passing(block.get_submodule(path))
+            gone = Gone(width=widths[path]) if path in widths else Passing(block.get_submodule(path))
             block.set_submodule(path, gone.train(block.training))
     gone = set(step["blocks"])
     blocks = [block for number, block in enumerate(blocks) if number not in gone]
@@ -187,19 +187,16 @@ def _slice(model, name, dim, kept, depth):
 
 
 class Passing(nn.Identity):
-    """Stands where a norm stood: gives its first argument, whatever else it gets."""
+    """Stands where a norm stood: gives its first argument. Who asks it for its weight's type gets an empty one."""
+
+    def __init__(self, norm):
+        super().__init__()
+        if isinstance(weight := getattr(norm, "weight", None), torch.Tensor):
+            self.register_buffer("weight", weight.detach().new_empty(0), persistent=False)
 
     def forward(self, *args, **kwargs):
         """The tokens as they are."""
         return args[0] if args else next(iter(kwargs.values()))
-
-
-def _passing(module):
-    """What stands where a norm stood. Some models ask a norm for its weight's type: an empty one, never stored."""
-    stands = Passing()
-    if isinstance(weight := getattr(module, "weight", None), torch.Tensor):
-        stands.register_buffer("weight", weight.detach().new_empty(0), persistent=False)
-    return stands
 
 
 def holds_cache(block, cached):
@@ -252,14 +249,9 @@ def edit(config, edits, *, after):
 # What follows lets transformers load the checkpoint.
 
 
-def _base_config(data):
-    module = importlib.import_module(data["config_module"])
-    return getattr(module, data["config_class"])
-
-
 def _thin_config(data):
     """A config class of the dense model's kind, which writes and reads itself as a thinned checkpoint."""
-    base = _base_config(data)
+    base = getattr(importlib.import_module(data["config_module"]), data["config_class"])
 
     class LaminaConfig(base):
         def to_dict(self):

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_kinds import LAYERS, kind
 from torch.utils.flop_counter import FlopCounterMode
 
 from lamina.anatomy import Anatomy
@@ -108,6 +109,28 @@ def test_kv_bytes_are_a_real_cache_s(name: str) -> None:
     assert all(anatomy.cost(s).kv_bytes == 0 for s in anatomy.of_kind(Kind.MLP, Kind.MOE))
     heads = {"falcon": 1, "falcon_new": 4, "gpt2": 4, "gpt_neox": 4, "phi": 4}.get(name, 2)  # falcon_new repeats them
     assert per_layer == [2 * heads * 8 * 4] * 4
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+@torch.no_grad()
+def test_an_encoder_decoder_keeps_what_both_its_attentions_read(name: str) -> None:
+    """Per token of what each reads: the decoder's own, and the encoder's."""
+    model, sample = kind(name)
+    anatomy = Anatomy.of(model, sample)
+    cache = model(**sample, use_cache=True).past_key_values
+    tokens = {Kind.ATTENTION: sample["decoder_input_ids"].shape[1], Kind.CROSS_ATTENTION: sample["input_ids"].shape[1]}
+    whole = 0
+    for held, what in (
+        (cache.self_attention_cache, Kind.ATTENTION),
+        (cache.cross_attention_cache, Kind.CROSS_ATTENTION),
+    ):
+        per_layer = [(c.keys.numel() + c.values.numel()) * 4 // (2 * tokens[what]) for c in held.layers]
+        (decoder,) = (k for k in anatomy.stacks if "decoder" in k.path)
+        sites = [x.site for b in decoder.blocks for x in b.branches if x.site.kind is what]
+        assert [anatomy.cost(s).kv_bytes for s in sites] == per_layer == [2 * 16 * 4] * LAYERS
+        whole += sum(per_layer)
+    assert anatomy.total().kv_bytes == whole
+    assert all(anatomy.cost(s).kv_bytes == 0 for s in anatomy.sublayers if s.id.startswith("encoder"))
 
 
 def test_without_a_cache_no_kv_bytes() -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lamina.anatomy.parts import Block, Ledger, Stack
-from lamina.core.sites import Cost
+from lamina.anatomy.stacks import caches
+from lamina.core.sites import Cost, Kind
 
 
 def weigh(parameters: Iterable[nn.Parameter]) -> Cost:
@@ -18,30 +20,53 @@ def weigh(parameters: Iterable[nn.Parameter]) -> Cost:
     return Cost(sum(p.numel() for p in unique), sum(p.numel() * p.element_size() for p in unique))
 
 
-def kv_bytes(model: nn.Module, sample: Mapping[str, Any]) -> list[int]:
-    """Bytes per token that each layer of the model's cache holds, in cache order; empty where there is none."""
-    if not hasattr(getattr(model, "config", None), "use_cache"):
-        return []
-    with torch.no_grad():
-        cache = getattr(model(**sample, use_cache=True), "past_key_values", None)
+def kv_bytes(model: nn.Module, sample: Mapping[str, Any]) -> dict[Kind, list[int]]:
+    """Bytes per token that each layer of the model's cache holds, in cache order; empty where there is none.
+
+    Of an encoder-decoder also what its cross-attentions hold, per token of the encoder's. A model that fails with a
+    cache has none.
+    """
+    if not caches(model):
+        return {}
+    with torch.no_grad(), suppress(Exception):
+        cache = getattr(model(**{**sample, "use_cache": True}), "past_key_values", None)
+        inner = getattr(cache, "self_attention_cache", cache)
+        found = {Kind.ATTENTION: _sizes(inner), Kind.CROSS_ATTENTION: _sizes(getattr(cache, CROSS, None))}
+        return {k: v for k, v in found.items() if any(v)}
+    return {}
+
+
+CROSS = "cross_attention_cache"
+
+
+def _sizes(cache: Any) -> list[int]:
     sizes = []
     for layer in getattr(cache, "layers", []):
         held = [t for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if isinstance(t, Tensor)]
-        sizes.append(sum(t.numel() * t.element_size() // (t.shape[0] * t.shape[-2]) for t in held))
+        tokens = [t.shape[0] * t.shape[-2] for t in held if t.ndim > 2 and t.numel()]
+        sizes.append(sum(t.numel() * t.element_size() // n for t, n in zip(held, tokens, strict=False)))
     return sizes
 
 
-def ledger(model: nn.Module, stacks: Iterable[Stack], sizes: list[int], macs: int) -> Ledger:
-    """Costs of all blocks and sublayers, and of the whole model. A pass of a module has no parameters of its own."""
+def ledger(model: nn.Module, stacks: Sequence[Stack], sizes: Mapping[Kind, list[int]], macs: int) -> Ledger:
+    """Costs of all blocks and sublayers, and of the whole model. A pass of a module has no parameters of its own.
+
+    Where sublayers and cache entries can't be told to be each other's, only the whole model has KV bytes.
+    """
     found: dict[str, Cost] = {}
     for stack in stacks:
-        cached = [b for block in stack.blocks for b in block.branches if b.cached]
-        held = [s for s in sizes if s]
-        kv = dict(zip((b.site.id for b in cached), held, strict=True)) if len(held) == len(cached) else {}
+        kv = dict[str, int]()
+        parts = [x for b in stack.blocks for x in b.branches]
+        decodes = any(x.site.kind is Kind.CROSS_ATTENTION for x in parts)
+        for kind, held in sizes.items():
+            mine = [x for x in parts if (x.site.kind is kind if kind is Kind.CROSS_ATTENTION else x.cached)]
+            entries = [s for s in held if s]
+            if len(entries) == len(mine) and (decodes or Kind.CROSS_ATTENTION not in sizes):
+                kv |= dict(zip((x.site.id for x in mine), entries, strict=True))
         for block in stack.blocks:
             found |= _block(model, block, kv)
     whole = weigh(model.parameters())
-    return Ledger(found, Cost(whole.parameters, whole.bytes, macs, sum(sizes)))
+    return Ledger(found, Cost(whole.parameters, whole.bytes, macs, sum(map(sum, sizes.values()))))
 
 
 def _block(model: nn.Module, block: Block, kv: Mapping[str, int]) -> dict[str, Cost]:

@@ -197,12 +197,15 @@ def test_numbers_that_modules_took_from_the_config_follow() -> None:
             super().__init__(config)
             self.full_layers = config.full_layers
             self.model.layer_count = config.num_hidden_layers
+            self.tap_indexes = tuple(config.tap_indexes)
             self.width = LAYERS
 
-    model = Told(LlamaConfig(num_hidden_layers=LAYERS, full_layers=[2], vocab_size=99, **WIDTH))
+    given = {"full_layers": [2], "tap_indexes": [0, 2]}
+    model = Told(LlamaConfig(num_hidden_layers=LAYERS, vocab_size=99, **given, **WIDTH))
     found = change(model, "model.layers", [0, 2])
     assert found.edits["full_layers"] == [[2], [1]]
-    assert found.held == {"": {"full_layers": [[2], [1]]}, "model": {"layer_count": [LAYERS, 2]}}
+    held = {"full_layers": [[2], [1]], "tap_indexes": [[0, 2], [0, 1]]}
+    assert found.held == {"": held, "model": {"layer_count": [LAYERS, 2]}}
 
 
 def test_a_list_that_is_as_long_by_chance_is_left_alone() -> None:

@@ -183,6 +183,50 @@ def test_a_block_s_only_sublayer_is_not_the_block() -> None:
     torch.testing.assert_close(model(**sample), want)
 
 
+class _Cut(nn.Module):
+    """Some tokens get one thing more than the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.all, self.some = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.feed = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.all(x)
+        first, middle, last = x.split([2, 3, 1], 1)
+        x = torch.cat([first, middle + 2 * self.some(middle), last], 1)
+        return x + self.feed(x)
+
+
+class Cutting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([_Cut() for _ in range(DEPTH)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_what_is_added_to_a_piece_of_the_stream() -> None:
+    torch.manual_seed(0)
+    model, sample = Cutting(), {"x": torch.randn(2, 6, WIDTH)}
+    anatomy = Anatomy.of(model, sample)
+    branches = anatomy.stacks[0].blocks[1].branches
+    assert [(x.core, x.reads, x.scale) for x in branches] == [
+        ("all", (), 1.0),
+        ("some", (0,), 2.0),
+        ("feed", (0, 1), 1.0),
+    ]
+    assert anatomy.certify().worst < 1e-6
+    want = copy.deepcopy(model)
+    nn.init.zeros_(want.layers[1].some.weight)
+    nn.init.zeros_(want.layers[1].some.bias)
+    drop(model, sample, branches[1].site.id)
+    torch.testing.assert_close(model(**sample), want(**sample))
+
+
 class _Cache:
     """Keeps what it is given, as caches of transformers do."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 from torch import nn
@@ -29,6 +30,10 @@ MOVES = frozenset(
     }
 )  # fmt: skip
 """Ops that put the numbers of their first input elsewhere: zeros stay zeros."""
+
+
+CUTS = frozenset({aten.split, aten.split_with_sizes, aten.chunk})
+"""Cut their first input into pieces."""
 
 
 PUTS = frozenset({aten.index_put, aten.index_put_})
@@ -145,6 +150,8 @@ class Joins:
             return node.inputs
         if node.op in PASSES:
             return node.inputs[:1]
+        if whole := self._whole(node):
+            return (whole[0],)
         turn = self._turn(node) if turning else None
         return () if turn is None else (turn[1],)
 
@@ -212,6 +219,10 @@ class Joins:
                 node = node.inputs[0]
             elif node.op in ADDS and (stream := _alone(node)):
                 node = stream
+            elif whole := self._whole(node):
+                self._close(turns)
+                passed += self._join_pieces(node, *whole)
+                node = whole[0]
             elif node.op in ADDS and node.order not in self.makers and sum(map(self.moved, node.inputs)) > 1:
                 self._close(turns)
                 node = self._join(node)
@@ -246,6 +257,41 @@ class Joins:
         self.joins.append(Join(node, stream[0], []))
         self.joins[-1].leaves = [Leaf(n, scale, node, way) for n, scale, way in self._split(other, alpha, scopes)]
         return stream[0]
+
+    def _whole(self, node: Node) -> tuple[Node, list[list[Node]]] | None:
+        """The stream that a node puts together again from all its pieces, and the way of each back to the cut."""
+        if node.op is not aten.cat:
+            return None
+        chains = [self._chain(piece) for piece in node.args[0]]
+        cuts = [chain[-1] for chain in chains]
+        stream = cuts[0].inputs[0] if cuts[0].op in CUTS else None
+        pieces = all(c.op in CUTS and c.place == n and c.inputs[0] is stream for n, c in enumerate(cuts))
+        return (stream, chains) if stream is not None and pieces and stream.shape == node.shape else None
+
+    def _chain(self, piece: Node) -> list[Node]:
+        """The nodes from a piece back, through what is added to it, to where it was cut off."""
+        found = [piece]
+        while (here := found[-1]).op in PASSES or here.op in ADDS:
+            ways = here.inputs[:1] if here.op in PASSES else [n for n in here.inputs if self._chain(n)[-1].op in CUTS]
+            if len(ways) != 1:
+                break
+            found.append(ways[0])
+        return found
+
+    def _join_pieces(self, node: Node, stream: Node, chains: list[list[Node]]) -> list[Node]:
+        """What is added to pieces of the stream joins it with zeros beside it. Gives the nodes on the way."""
+        dim = (node.args[1] if len(node.args) > 1 else 0) % len(stream.shape)
+        lengths = [chain[0].shape[dim] for chain in chains]
+        for number, chain in reversed(list(enumerate(chains))):
+            beside = [sum(lengths[:number]), sum(lengths[number + 1 :])]
+            padding = [0, 0] * (len(stream.shape) - 1 - dim) + beside
+            turn = Turn(op=aten.constant_pad_nd, args=(HERE, padding), bound=True)
+            for point, before in pairwise(chain):
+                if point.op in ADDS:
+                    other = next(n for n in point.inputs if n is not before)
+                    terms = self._split(other, float(point.kwargs.get("alpha", 1.0)), {point.scope})
+                    self.joins.append(Join(point, before, [Leaf(n, k, point, (*way, turn)) for n, k, way in terms]))
+        return [n for chain in reversed(chains) for n in chain]
 
     def _split(self, node: Node, scale: float, scopes: set[str]) -> list[tuple[Node, float, tuple[Turn, ...]]]:
         """The terms of a sum made where the stream itself is summed (parallel branches), also if it is gated or cut."""

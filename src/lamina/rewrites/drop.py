@@ -42,11 +42,16 @@ class Drop:
 
     def check(self, step: Step, anatomy: Anatomy) -> list[Problem]:
         """What stands in the way; needs no weights."""
+        return self._steps(step, anatomy)[0]
+
+    def _steps(self, step: Step, anatomy: Anatomy) -> tuple[list[Problem], list[dict[str, Any]]]:
+        """What stands in the way, and how the structure changes, stack by stack."""
         problems = [] if step.sites else [Problem("drop", "the step names no site")]
         known = {s.id for s in anatomy.sites}
         problems += [Problem(site, "the model has no such site") for site in step.sites if site not in known]
         if problems:
-            return problems
+            return problems, []
+        steps = list[dict[str, Any]]()
         gone = anatomy.expand(step.sites)
         problems += _half_blocks(anatomy, step.sites, gone)
         for stack in anatomy.stacks:
@@ -57,10 +62,10 @@ class Drop:
                 problems.append(Problem(stack.path, "no attention would be left", "keep at least one"))
             elif stack_sites(anatomy, stack, gone):
                 try:
-                    structure(anatomy, stack, gone)
+                    steps.append(structure(anatomy, stack, gone))
                 except UnsupportedError as error:
                     problems.append(Problem(error.where or stack.path, error.what, error.hint or ""))
-        return problems
+        return problems, steps
 
     def forecast(self, step: Step, anatomy: Anatomy) -> Cost:
         """What the whole model will take; equals the receipt's `after`."""
@@ -75,12 +80,12 @@ class Drop:
         """
         from lamina.rewrites._drop_proof import expect_same, tried
 
-        for problem in self.check(step, lab.anatomy):
+        problems, steps = self._steps(step, lab.anatomy)
+        for problem in problems:
             raise problem.error()
         before, after = lab.anatomy.total(), self.forecast(step, lab.anatomy)
         gone = lab.anatomy.expand(step.sites)
         before_it = tried(lab.anatomy, gone)
-        steps = [structure(lab.anatomy, k, gone) for k in lab.anatomy.stacks if stack_sites(lab.anatomy, k, gone)]
         receipt = Receipt(
             rewrite="drop", sites=lab.anatomy.collapse(gone), before=before, after=after, structure={"steps": steps}
         )

@@ -199,13 +199,9 @@ class _Trials:
         """The first of the sites that can go, and the copy without it."""
         refused: list[LaminaError] = []
         for site in sites:
-            problems = Drop().check(step := Step(rewrite="drop", sites=(site.id,)), self.anatomy)
-            if problems:
-                refused.append(problems[0].error())
-                continue
             bench: Any = _Bench(copy.deepcopy(self.model), self.anatomy)
             try:
-                return site, bench.model, Drop().apply(step, bench)
+                return site, bench.model, Drop().apply(Step(rewrite="drop", sites=(site.id,)), bench)
             except UnsupportedError as error:
                 refused.append(error)
         raise refused[0]

@@ -182,14 +182,26 @@ class _Finder:
     def _outlet(self, leaf: Leaf) -> tuple[Call, Node, float, tuple[Turn, ...], bool]:
         """The outermost module whose output is what joins, but for numbers and reshapes: its call, node and factor.
 
-        Where more lies between, also the way from there, and whether that depends on the sample's inputs.
+        Where more lies between, also the way from there, and whether that depends on the sample's inputs. A module that
+        is called several times is taken where there is no other.
         """
-        for node, scale in () if leaf.way else unscaled(leaf.node, leaf.scale):
-            if maker := self._maker(node):
-                return maker, node, scale, (), False
+        for once in (True, False):
+            for node, scale in () if leaf.way else unscaled(leaf.node, leaf.scale):
+                if maker := self._maker(node, once):
+                    return maker, node, scale, (), False
+            if found := self._outlet_behind(leaf, once):
+                return found
+        raise CertificateError(
+            "no submodule's output is what joins the stream",
+            where=self.where,
+            hint="the branch is computed in the block",
+        )
+
+    def _outlet_behind(self, leaf: Leaf, once: bool) -> tuple[Call, Node, float, tuple[Turn, ...], bool] | None:
+        """The same, one operation after the other on the way back."""
         node, way = leaf.node, list(reversed(leaf.way))
         bound = any(t.bound for t in way)
-        if way and (maker := self._maker(node)):
+        if way and (maker := self._maker(node, once)):
             return maker, node, leaf.scale, leaf.way, bound
         while node.op in MOVES or node.op in PASSES or node.op in SCALES or node.op in ADDS or node.op in PUTS:
             found = self.joins.step(node) or self._gated(node) or self._put(node)
@@ -198,13 +210,9 @@ class _Finder:
             way.append(found[0])
             bound = bound or found[0].bound or node.op in MOVES or node.op in PASSES
             node = found[1]
-            if maker := self._maker(node):
+            if maker := self._maker(node, once):
                 return maker, node, leaf.scale, tuple(reversed(way)), bound
-        raise CertificateError(
-            "no submodule's output is what joins the stream",
-            where=self.where,
-            hint="the branch is computed in the block",
-        )
+        return None
 
     def _gated(self, node: Node) -> tuple[Turn, Node] | None:
         """A product of two that both depend on the stream: the later made is the branch, the other its gate."""
@@ -224,9 +232,13 @@ class _Finder:
         turn = replace(found[0], op=aten.index_put, args=(torch.zeros_like(node.value), *found[0].args[1:]))
         return turn, values
 
-    def _maker(self, node: Node) -> Call | None:
-        """The outermost module, of those that do not join anything, that returns this node."""
-        makers = [c for c in self.trace.calls if c.path not in self.holding and any(n is node for n in c.nodes)]
+    def _maker(self, node: Node, once: bool) -> Call | None:
+        """The outermost module, of those that do not join anything (and are called `once`), that returns this node."""
+        makers = [
+            c
+            for c in self.trace.calls
+            if c.path not in self.holding and (self.often[c.path] == 1 or not once) and any(n is node for n in c.nodes)
+        ]
         return next((c for c in makers if not any(_within(c, o) for o in makers)), None)
 
     def _silent(self, core: Call, place: int | str, outlet: Call) -> bool:

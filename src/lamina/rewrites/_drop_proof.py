@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ SAME = 256, 0.05
 KEEP = "something else in the model needs it; keep it"
 
 
-def tried(anatomy: Anatomy, gone: frozenset[str]) -> Tensor | None:
+def tried(anatomy: Anatomy, gone: frozenset[str]) -> Any:
     """What the model answers to the sample with these silenced. Raises UnsupportedError where they can't be."""
     with ablated(anatomy.model, anatomy, gone), _expect_silent(anatomy, gone):
         return _answer(anatomy, anatomy.collapse(gone), "with it silenced")
@@ -53,40 +53,61 @@ def _where(sites: Sequence[str]) -> str:
     return ", ".join(sites[:3]) + (" …" if len(sites) > 3 else "")
 
 
-def _answer(anatomy: Anatomy, sites: Sequence[str], how: str) -> Tensor | None:
-    """The first number-like output to the anatomy's sample; the same draws every time. None without weights."""
+def _answer(anatomy: Anatomy, sites: Sequence[str], how: str) -> Any:
+    """What the model returns for the anatomy's sample; the same draws every time. None without weights."""
     if next(anatomy.model.parameters()).is_meta:
         return None
     try:
         with evaluating(anatomy.model), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            found = outputs(call(anatomy.model, anatomy.sample))
+            return call(anatomy.model, anatomy.sample)
     except (LaminaError, MemoryError):
         raise
     except Exception as error:
         what = f"{how} the model fails: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise UnsupportedError(what, where=_where(sites), hint=KEEP) from error
-    return next((t for t in found if t.is_floating_point()), None)
 
 
-def expect_same(tried: Tensor | None, anatomy: Anatomy, sites: Sequence[str]) -> None:
-    """The model, thinned, must run, and answer as it did on trial. Raises UnsupportedError."""
+def expect_same(tried: Any, anatomy: Anatomy, sites: Sequence[str]) -> None:
+    """The model, thinned, must run, and answer as it did on trial. Raises UnsupportedError.
+
+    All numbers that it returns are compared, but for lists and tensors with an entry for each layer.
+    """
     where, made = _where(sites), _answer(anatomy, sites, "without it")
     if tried is None or made is None:
         return
-    if tried.shape != made.shape:
-        raise UnsupportedError(f"without it the output is {list(made.shape)}, not {list(tried.shape)}", where=where)
-    eps = torch.finfo(tried.dtype).eps
-    one, other = tried.double(), made.double()
+    first, other = (next((t for t in outputs(o) if t.is_floating_point()), None) for o in (tried, made))
+    if first is not None and other is not None and first.shape != other.shape:
+        raise UnsupportedError(f"without it the output is {list(other.shape)}, not {list(first.shape)}", where=where)
+    for one, other in _pairs(tried, made):
+        eps = torch.finfo(one.dtype).eps
+        apart = _apart(one.double(), other.double(), eps)
+        if not apart <= min(SAME[0] * eps, SAME[1]):
+            what = f"dropped, it gives an output {apart:.1e} of its largest off that of the model that has it silenced"
+            raise UnsupportedError(what, where=where, hint="something else in the model reads it; keep it")
+
+
+def _apart(one: Tensor, other: Tensor, eps: float) -> float:
+    """The largest difference, over the largest number."""
     same = (one == other) | (one.isnan() & other.isnan())
     gap = (one - other).abs().masked_fill(same, 0.0)
     largest = one.abs().masked_fill(~one.isfinite(), 0.0).max() if one.numel() else one.sum()
-    apart = float(gap.max() / largest.clamp_min(eps)) if gap.numel() else 0.0
-    if not apart <= min(SAME[0] * eps, SAME[1]):
-        what = f"dropped, it gives an output {apart:.1e} of its largest off that of the model that has it silenced"
-        raise UnsupportedError(what, where=where, hint="something else in the model reads it; keep it")
+    return float(gap.max() / largest.clamp_min(eps)) if gap.numel() else 0.0
 
 
-def outputs(out: Any) -> list[Any]:
+def _pairs(one: Any, other: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """The numbers of two answers that stand in the same place and have the same shape."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        if one.shape == other.shape and one.is_floating_point() and other.is_floating_point():
+            yield one, other
+    elif isinstance(one, Mapping) and isinstance(other, Mapping):
+        for key, value in one.items():
+            yield from _pairs(value, other.get(key))
+    elif isinstance(one, list | tuple) and isinstance(other, list | tuple) and len(one) == len(other):
+        for a, b in zip(one, other, strict=True):
+            yield from _pairs(a, b)
+
+
+def outputs(out: Any) -> list[Tensor]:
     """The tensors of a model's output."""
     return [t for t in tree_leaves(dict(out) if hasattr(out, "keys") else out) if isinstance(t, Tensor)]

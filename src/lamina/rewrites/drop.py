@@ -102,14 +102,14 @@ class Drop:
 
 
 def _half_blocks(anatomy: Anatomy, sites: Sequence[str], gone: frozenset[str]) -> list[Problem]:
-    """Sublayers that are all of a block that does more than they do: what it hands on beside the stream."""
+    """Sublayers that are all of a block that does more: to what it hands on beside the stream, or to the stream."""
     found = []
-    for stack in anatomy.stacks:
-        for block in (b for b in stack.blocks if b.tells and b.site.id not in sites):
-            parts = [x.site.id for x in block.branches]
-            if gone.issuperset(parts):
-                what = "the next block reads what its block computes beside the stream"
-                found.append(Problem(parts[0], what, f"drop the whole block, {block.site.id}"))
+    for block in (b for k in anatomy.stacks for b in k.blocks if b.site.id not in sites):
+        parts = [x.site.id for x in block.branches]
+        if gone.issuperset(parts) and (block.tells or (len(parts) == 1 and not block.plain)):
+            what = "the next block reads what its block computes beside the stream"
+            what = what if block.tells else "its block does more to the stream than to add this"
+            found.append(Problem(parts[0], what, f"drop the whole block, {block.site.id}"))
     return found
 
 

@@ -224,6 +224,84 @@ def test_what_is_added_to_a_piece_of_the_stream() -> None:
     torch.testing.assert_close(model(**sample), want(**sample))
 
 
+class _Shared(nn.Module):
+    """Both branches leave by one module, which gives what it gets; a norm of the stream behind the only branch."""
+
+    def __init__(self, *, normed: bool) -> None:
+        super().__init__()
+        self.attention, self.mlp = _Gates(), nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH))
+        self.leave = nn.Identity()
+        self.norm = nn.LayerNorm(WIDTH) if normed else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.norm is not None:
+            return self.norm(x + self.mlp(x))
+        x = x + self.leave(0.5 * self.attention(x))
+        return x + self.leave(self.mlp(x))
+
+
+class _Gates(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.v = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(x, x, self.v(x))
+
+
+class Plain(nn.Module):
+    """Says, beside its stream, how far the first block has moved it, and what each block gave."""
+
+    def __init__(self, *, normed: bool = False, watches: bool = False) -> None:
+        super().__init__()
+        self.layers, self.watches = nn.ModuleList([_Shared(normed=normed) for _ in range(DEPTH)]), watches
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        made = [x]
+        for layer in self.layers:
+            made.append(layer(made[-1]))
+        spread = made[2 if self.watches else 0].std(-1)
+        return {"last": made[-1], "spread": spread, "all": tuple(made)}
+
+
+def test_a_module_that_many_share_is_no_branch_s_outlet() -> None:
+    torch.manual_seed(0)
+    model, sample = Plain(), {"x": torch.randn(2, 6, WIDTH)}
+    anatomy = Anatomy.of(model, sample)
+    branches = anatomy.stacks[0].blocks[1].branches
+    assert [(x.outlet, x.scale) for x in branches] == [("attention", 0.5), ("mlp", 1.0)]
+    assert [x.outlet_call for x in branches] == [None, None]
+    want = copy.deepcopy(model)
+    nn.init.zeros_(want.layers[1].attention.v.weight)
+    nn.init.zeros_(want.layers[1].attention.v.bias)
+    drop(model, sample, "block.1.attention")
+    torch.testing.assert_close(model(**sample)["last"], want(**sample)["last"])
+
+
+def test_a_drop_is_proved_on_all_that_is_returned() -> None:
+    """What reads the second block's output by its place reads another's without it: only the last output is right."""
+    torch.manual_seed(0)
+    model, sample = Plain(watches=True), {"x": torch.randn(2, 6, WIDTH)}
+    with pytest.raises(UnsupportedError, match=r"^block\.1: dropped, it gives an output .* off that of the model"):
+        drop(model, sample, "block.1")
+    torch.manual_seed(0)
+    model = Plain(watches=True)
+    drop(model, sample, "block.2")
+    assert len(model(**sample)["all"]) == DEPTH, "a list with an entry for each layer is not compared"
+
+
+def test_of_a_block_with_a_norm_the_only_sublayer_is_not_the_block() -> None:
+    torch.manual_seed(0)
+    model, sample = Plain(normed=True), {"x": torch.randn(2, 6, WIDTH)}
+    anatomy = Anatomy.of(model, sample)
+    assert [(len(b.branches), b.plain) for b in anatomy.stacks[0].blocks] == [(1, False)] * DEPTH
+    (problem,) = Drop().check(Step(rewrite="drop", sites=("block.1.mlp",)), anatomy)
+    assert (problem.what, problem.hint) == (
+        "its block does more to the stream than to add this",
+        "drop the whole block, block.1",
+    )
+
+
 class _Cache:
     """Keeps what it is given, as caches of transformers do."""
 

@@ -31,20 +31,20 @@ def kv_bytes(model: nn.Module, sample: Mapping[str, Any]) -> dict[Kind, list[int
     with torch.no_grad(), suppress(Exception):
         cache = getattr(model(**{**sample, "use_cache": True}), "past_key_values", None)
         inner = getattr(cache, "self_attention_cache", cache)
-        found = {Kind.ATTENTION: _sizes(inner), Kind.CROSS_ATTENTION: _sizes(getattr(cache, CROSS, None))}
+        found = {
+            Kind.ATTENTION: _sizes(inner),
+            Kind.CROSS_ATTENTION: _sizes(getattr(cache, "cross_attention_cache", None)),
+        }
         return {k: v for k, v in found.items() if any(v)}
     return {}
-
-
-CROSS = "cross_attention_cache"
 
 
 def _sizes(cache: Any) -> list[int]:
     sizes = []
     for layer in getattr(cache, "layers", []):
-        held = [t for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if isinstance(t, Tensor)]
-        tokens = [t.shape[0] * t.shape[-2] for t in held if t.ndim > 2 and t.numel()]
-        sizes.append(sum(t.numel() * t.element_size() // n for t, n in zip(held, tokens, strict=False)))
+        found = (getattr(layer, "keys", None), getattr(layer, "values", None))
+        held = [t for t in found if isinstance(t, Tensor) and t.ndim > 2 and t.numel()]
+        sizes.append(sum(t.numel() * t.element_size() // (t.shape[0] * t.shape[-2]) for t in held))
     return sizes
 
 

@@ -118,6 +118,7 @@ class Joins:
         self._strict: dict[int, bool] = {}
         self._loose: dict[int, bool] = {}
         self._moved: dict[int, bool] = {}
+        self._chains: dict[int, list[Node]] = {}
         self.joins: list[Join] = []
         self.after: tuple[Turn, ...] = ()
         self.streams: dict[int, int] = {}
@@ -270,13 +271,14 @@ class Joins:
 
     def _chain(self, piece: Node) -> list[Node]:
         """The nodes from a piece back, through what is added to it, to where it was cut off."""
-        found = [piece]
-        while (here := found[-1]).op in PASSES or here.op in ADDS:
-            ways = here.inputs[:1] if here.op in PASSES else [n for n in here.inputs if self._chain(n)[-1].op in CUTS]
-            if len(ways) != 1:
-                break
-            found.append(ways[0])
-        return found
+        if piece.order not in self._chains:
+            ways = list[list[Node]]()
+            if piece.op in PASSES:
+                ways = [self._chain(piece.inputs[0])]
+            elif piece.op in ADDS:
+                ways = [chain for n in piece.inputs if (chain := self._chain(n))[-1].op in CUTS]
+            self._chains[piece.order] = [piece, *(ways[0] if len(ways) == 1 else ())]
+        return self._chains[piece.order]
 
     def _join_pieces(self, node: Node, stream: Node, chains: list[list[Node]]) -> list[Node]:
         """What is added to pieces of the stream joins it with zeros beside it. Gives the nodes on the way."""

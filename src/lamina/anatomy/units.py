@@ -106,15 +106,7 @@ class UnitTable:
                 stack.expect_unlooped("no channels")
                 with evaluating(self.model):
                     self._streams[stack.path] = self._channels(stack)
-            except (
-                NoUnits,
-                UnsupportedError,
-                RuntimeError,
-                TypeError,
-                ValueError,
-                IndexError,
-                AssertionError,
-            ) as reason:
+            except (NoUnits, UnsupportedError, *FAULTS) as reason:
                 self._streams[stack.path] = str(reason)[:200]
         return self._streams[stack.path]
 

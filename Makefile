@@ -49,7 +49,7 @@ test-slow: dev ## the tests that take minutes
 	$(SAY) "running the slow tests"
 	@$(BIN)/python -m pytest -m slow -n $(JOBS) --dist loadfile $(PYTEST_ARGS) || { code=$$?; [ $$code -eq 5 ] || exit $$code; }
 
-test-coverage: dev ## every model type of every library, the better part of an hour
+test-coverage: dev ## every model type of every installed library, a quarter of an hour or more
 	@$(BIN)/python -m pytest -m coverage $(PYTEST_ARGS)
 
 test-all: test test-slow ## all tests

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from lamina.core.documents import Budget, ModelRef, Receipt, Receipts, Step
@@ -254,6 +255,23 @@ def test_what_the_loader_can_not_replay_is_named() -> None:
     assert "'fold'" in problem.what
     with pytest.raises(UnsupportedError, match=r"block\.2"):
         HuggingFace().export(tiny("llama"), SimpleNamespace(receipts=[odd]), Path("nowhere"))
+
+
+class _Other(nn.Module):
+    """A model of another library: it saves itself, and its config is a mapping that nothing here edits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config, self.inner = {"num_layers": 4}, nn.Linear(2, 2)
+
+    def save_pretrained(self, folder: Path, **_: Any) -> None:
+        (Path(folder) / "config.json").write_text(json.dumps(self.config), encoding="utf-8")
+
+
+def test_a_checkpoint_whose_config_would_be_wrong_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="_Other is no transformers model"):
+        save_checkpoint(_Other(), [], None, tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_without_receipts_and_a_plain_module_are_refused(tmp_path: Path) -> None:

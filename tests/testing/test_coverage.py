@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -30,11 +32,11 @@ SAMPLE = ("killer", "bert", "bit", "gpt2", "llama", "mamba", "mixtral", "vit")
 SHARDS = ("causal", "others-1", "others-2", "others-3", "others-4", "others-5")
 FLOORS: dict[str, dict[tuple[str, ...], float]] = {
     "transformers, causal language models": {
-        ("found", "certified"): 0.965,
-        ("block", "block_reloaded"): 0.94,
-        ("sublayer", "sublayer_reloaded"): 0.89,
+        ("found", "certified"): 0.97,
+        ("block", "block_reloaded"): 0.95,
+        ("sublayer", "sublayer_reloaded"): 0.90,
     },
-    "transformers, all": {("found", "certified"): 0.85},
+    "transformers, all": {("found", "certified"): 0.88},
 }
 """Group and checks → the share of types that they must hold for at least, a little below what was measured."""
 
@@ -456,10 +458,18 @@ def asked_of(shard: str) -> list[str]:
     return others[int(shard.partition("-")[2]) - 1 :: len(SHARDS) - 1]
 
 
+@pytest.fixture(scope="module")
+def until() -> float:
+    """When no other shard is begun: LAMINA_COVERAGE_MINUTES after the first."""
+    return monotonic() + 60 * float(os.environ.get("LAMINA_COVERAGE_MINUTES", "inf"))
+
+
 @pytest.mark.coverage
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("shard", SHARDS)
-def test_every_type_has_an_answer(examined: dict[str, list[Row]], shard: str) -> None:
+def test_every_type_has_an_answer(examined: dict[str, list[Row]], until: float, shard: str) -> None:
+    if monotonic() > until:
+        pytest.skip("LAMINA_COVERAGE_MINUTES are over")
     asked = asked_of(shard)
     rows = coverage.run(asked, jobs=2)
     assert [r.name for r in rows] == asked

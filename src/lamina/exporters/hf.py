@@ -114,7 +114,9 @@ def save_checkpoint(
     A folder that is there already is replaced. Raises InputError where it can't be written and UnsupportedError
     where the model can't be saved.
     """
-    if not hasattr(model, "save_pretrained"):
+    from lamina.anatomy.config import config_of
+
+    if not hasattr(model, "save_pretrained") or config_of(model) is None:
         raise UnsupportedError(f"{type(model).__name__} is no transformers model", hint="give a PreTrainedModel")
     kind = form(model, receipts)
     to = Path(to)

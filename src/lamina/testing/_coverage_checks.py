@@ -81,6 +81,8 @@ def examine(specimen: Specimen, tell: Tell, folder: Path | None = None) -> list[
         except Exception as error:
             tell("unbuilt", f"its forward fails: {no(error)[4:]}")
             return []
+        for cell in () if saves or folder is None else CELLS[4:]:
+            tell(cell, NA)
         anatomy = _found(specimen, tell)
         if anatomy is None:
             return []

@@ -46,8 +46,8 @@ MUTANTS = (
     mutant(
         "a hook leaked",
         "anatomy/watch.py",
-        "        for handle in handles:\n            handle.remove()",
-        "        for handle in handles[1:]:\n            handle.remove()",
+        "            for handle in handles:\n                handle.remove()",
+        "            for handle in handles[1:]:\n                handle.remove()",
         "measure-cosine-measure_leaves_the_model_untouched",
         "tests/lab/test_lab.py::test_a_failing_tally_leaves_the_model_as_it_was",
     ),

@@ -41,7 +41,7 @@ def run_one(job: dict[str, Any]) -> None:
     os.dup2(sink, 2)
     outcomes = Outcomes()
     options = ["-q", "-p", "no:cacheprovider", "--tb=line", "--assert=plain", "-m", ""]
-    options += ["-o", f"pythonpath={job['source']}"]
+    options += ["-o", f"pythonpath={job['source']} tests/helpers"]
     code = pytest.main([*options, *job["tests"]], plugins=[outcomes])
     found = sys.modules["lamina"].__file__ or ""
     assert found.startswith(job["source"]), f"{found} is not the copy"

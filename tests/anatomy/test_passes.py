@@ -21,7 +21,9 @@ from lamina.core.sites import Kind
 from lamina.evaluators.reload import contract
 from lamina.exporters.hf import save_checkpoint
 from lamina.lab import Lab
+from lamina.lab.gradients import stream_gradients
 from lamina.lab.judge import Judge
+from lamina.lab.walk import Walk
 from lamina.rewrites.drop import Drop
 from lamina.testing._coverage_reference import expect_equal, handed_on, outputs
 
@@ -225,7 +227,10 @@ def test_a_loop_without_a_config_is_surveyed_and_not_dropped() -> None:
     assert [p.what for p in refused] == ["no config says how many passes its modules make"]
 
 
-def test_a_search_by_prefixes_refuses_passes() -> None:
-    model = _Looped()
+@pytest.mark.parametrize(
+    "use", [Judge, Walk, lambda lab: stream_gradients(lab, [])], ids=["judge", "walk", "gradients"]
+)
+def test_what_takes_blocks_apart_refuses_passes(use: Any) -> None:
+    lab = Lab(_Looped(), torch.arange(24).reshape(2, 12))
     with pytest.raises(UnsupportedError, match=r"^blocks: .* passes of one module \(whole passes can be dropped\)$"):
-        Judge(Lab(model, torch.arange(24).reshape(2, 12)))
+        use(lab)

@@ -68,18 +68,18 @@ def _answer(anatomy: Anatomy, sites: Sequence[str], how: str) -> Any:
         raise UnsupportedError(what, where=_where(sites), hint=KEEP) from error
 
 
-def expect_same(tried: Any, anatomy: Anatomy, sites: Sequence[str]) -> None:
+def expect_same(want: Any, anatomy: Anatomy, sites: Sequence[str]) -> None:
     """The model, thinned, must run, and answer as it did on trial. Raises UnsupportedError.
 
     All numbers that it returns are compared, but for lists and tensors with an entry for each layer.
     """
-    where, made = _where(sites), _answer(anatomy, sites, "without it")
-    if tried is None or made is None:
+    where, got = _where(sites), _answer(anatomy, sites, "without it")
+    if want is None or got is None:
         return
-    first, other = (next((t for t in outputs(o) if t.is_floating_point()), None) for o in (tried, made))
-    if first is not None and other is not None and first.shape != other.shape:
-        raise UnsupportedError(f"without it the output is {list(other.shape)}, not {list(first.shape)}", where=where)
-    for one, other in _pairs(tried, made):
+    shapes = [next((list(t.shape) for t in outputs(o) if t.is_floating_point()), None) for o in (want, got)]
+    if shapes[0] != shapes[1]:
+        raise UnsupportedError(f"without it the output is {shapes[1]}, not {shapes[0]}", where=where)
+    for one, other in _pairs(want, got):
         eps = torch.finfo(one.dtype).eps
         apart = _apart(one.double(), other.double(), eps)
         if not apart <= min(SAME[0] * eps, SAME[1]):

@@ -150,6 +150,7 @@ def test_one_whole_run_through_the_console_entry(bench: Path, tmp_path: Path) ->
     assert f"report {run / 'report.html'}" in done.stdout.replace("\n", " ")
     assert "surveying 12 sites" in done.stdout
     names = {"recipe.yaml", "plan.yaml", "survey.parquet", "receipts.json", "evidence.json", "model", "model.gguf"}
+    names |= {"survey-grids.parquet"}
     assert {p.name for p in run.iterdir()} == names | {"report.html", "log.txt", ".state"}
     assert tiny_run.left_behind(run) == []
     found = EvidenceFile.load(run / "evidence.json")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from lamina.core.documents import Budget, EvidenceFile, Heal, Plan, Receipts, Recipe
 from lamina.core.errors import InputError
 from lamina.pipeline import Run, verbs
+from lamina.pipeline.scoring import How
 from lamina.report import write
+from lamina.report.survey import Survey
 
 if TYPE_CHECKING:
     from torch import nn
-
-    from lamina.core.scores import Scores
 
 
 @dataclass(frozen=True)
@@ -89,15 +89,27 @@ def thin(model: str | nn.Module, *, out: str | Path, **asked: Any) -> Result:
 
 
 def survey(
-    model: str | nn.Module, *, out: str | Path, measures: Sequence[str] | None = None, **asked: Any
-) -> Mapping[str, Scores]:
-    """Score every block and sublayer: measure → scores."""
-    from lamina.pipeline.table import read_survey
+    model: str | nn.Module,
+    *,
+    out: str | Path,
+    measures: Sequence[str] | None = None,
+    shards: int = 1,
+    ray: str | None = None,
+    stream: bool = False,
+    scratch: str | Path | None = None,
+    compare: bool = False,
+    **asked: Any,
+) -> Survey:
+    """Score every block and sublayer, of any kind of model; see `lamina survey --help` for what may be asked.
 
+    What is returned reads like a mapping of measure → scores.
+    """
     made = run(model, out=out, **asked)
+    made.any_kind, made.streamed = True, stream
+    how = How(shards=shards, ray=ray, scratch=Path(scratch) if scratch else None, compare=compare)
     with _as_given(model):
-        verbs.survey(made, measures)
-    return read_survey(made.path("survey.parquet"))
+        verbs.survey(made, measures, how)
+    return Survey.open(made.folder)
 
 
 def plan(folder: str | Path, **options: Any) -> Plan:

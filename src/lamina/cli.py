@@ -10,10 +10,45 @@ import typer
 
 from lamina.__main__ import INTERRUPTED, interrupted
 from lamina.core.errors import InputError, LaminaError
-from lamina.options import budget_of, laid_over, make_recipe, recipe_of
+from lamina.options import begin, budget_of, laid_over, make_recipe, opened, recipe_of
+from lamina.words import (
+    Blocks,
+    Bytes,
+    Column,
+    Compare,
+    Device,
+    Dtype,
+    Folder,
+    Gguf,
+    Heldout,
+    HeldoutSequences,
+    Keep,
+    Length,
+    Libraries,
+    Measures,
+    Minutes,
+    Model,
+    Named,
+    Out,
+    Page,
+    Parameters,
+    Part,
+    Protect,
+    RayAt,
+    Refit,
+    Scratch,
+    Seed,
+    Sequences,
+    Shards,
+    Steps,
+    Stream,
+    Sublayers,
+    Text,
+    Trust,
+    Types,
+)  # fmt: skip
 
 if TYPE_CHECKING:
-    from lamina.core.documents import Recipe
     from lamina.pipeline import Run
 
 app = typer.Typer(
@@ -27,32 +62,8 @@ app = typer.Typer(
     epilog="Start with: [bold]lamina thin smollm2-135m --keep 75%[/bold]",
 )
 
-Folder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, as `thin` or `survey` makes it.")]
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a hub id, a .gguf file or a name of the shelf.")]
-Out = Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="The run folder to make or go on with.")]
-Keep = Annotated[str | None, typer.Option(metavar="SHARE", help="Share of the parameters to keep: 75% or 0.75.")]
-Parameters = Annotated[str | None, typer.Option(metavar="N", help="Parameters to keep at most: 100M.")]
-Bytes = Annotated[str | None, typer.Option(metavar="SIZE", help="Bytes of weights to keep at most: 200MB.")]
-Blocks = Annotated[int | None, typer.Option(metavar="N", help="Blocks to drop.")]
-Sublayers = Annotated[int | None, typer.Option(metavar="N", help="Sublayers (attentions, MLPs) to drop.")]
-Protect = Annotated[list[str] | None, typer.Option(metavar="SITE", help="A site that must stay; may be repeated.")]
-Named = Annotated[
-    str, typer.Option("--recipe", "-r", metavar="NAME|FILE", help="A recipe of `lamina methods`, or a file.")
-]
-Refit = Annotated[bool | None, typer.Option("--refit/--no-refit", help="Refit, in closed form, the maps that stay.")]
-Steps = Annotated[int | None, typer.Option("--heal", metavar="STEPS", help="Heal for so many steps.")]
-Minutes = Annotated[float | None, typer.Option("--heal-minutes", metavar="MIN", help="Heal for so many minutes.")]
-Text = Annotated[str, typer.Option(metavar="SOURCE", help="Calibration text: file, folder, JSONL, Parquet, hf:NAME.")]
-Heldout = Annotated[str, typer.Option(metavar="SOURCE", help="Held-out text to prove on.")]
-Column = Annotated[str, typer.Option(metavar="NAME", help="The text column of JSONL, Parquet and data sets.")]
-Sequences = Annotated[int, typer.Option(metavar="N", help="Calibration sequences.")]
-HeldoutSequences = Annotated[int, typer.Option(metavar="N", help="Held-out sequences.")]
-Length = Annotated[int, typer.Option(metavar="TOKENS", help="Tokens of a sequence.")]
-Dtype = Annotated[str, typer.Option(metavar="TYPE", help="auto, float32 or bfloat16.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, …")]
-Seed = Annotated[int, typer.Option(help="Seed of all random choices.")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
-Gguf = Annotated[bool, typer.Option("--gguf", help="Also write model.gguf for llama.cpp.")]
+RAY_SHARDS = 8
+"""Of a survey on Ray, where the user names no number."""
 
 
 @app.command(epilog="Example: lamina thin smollm2-135m --keep 75% --out run")
@@ -61,9 +72,7 @@ def thin(
     model: Annotated[str, typer.Argument(metavar="[MODEL]", help="A folder, a hub id, a .gguf file or a name.")] = "",
     keep: Keep = None,
     parameters: Parameters = None,
-    bytes_: Annotated[
-        str | None, typer.Option("--bytes", metavar="SIZE", help="Bytes of weights to keep at most.")
-    ] = None,
+    bytes_: Bytes = None,
     blocks: Blocks = None,
     sublayers: Sublayers = None,
     protect: Protect = None,
@@ -117,35 +126,50 @@ def thin(
     finish(run)
 
 
-@app.command(epilog="Example: lamina survey smollm2-135m --out run --measures cosine,damage")
+@app.command(epilog="Example: lamina survey smollm2-135m --out run --measures cosine,damage --compare")
 def survey(
     model: Model,
     out: Out = None,
-    measures: Annotated[
-        str | None, typer.Option(metavar="A,B", help="Measures of `lamina methods`; `all` for all.")
-    ] = None,
+    measures: Measures = None,
     text: Text = "default",
+    column: Column = "text",
     sequences: Sequences = 32,
     length: Length = 512,
     dtype: Dtype = "auto",
+    device: Device = "cpu",
     seed: Seed = 0,
+    shards: Shards = None,
+    ray: RayAt = None,
+    stream: Stream = False,
+    scratch: Scratch = None,
+    compare: Compare = False,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Score every block and sublayer of a model; `lamina plan` goes on from there."""
+    """Score every block and sublayer of a model of any kind; `lamina plan` goes on from there."""
     from lamina import pipeline
     from lamina.core import registry
+    from lamina.pipeline.scoring import COMPARED, How
 
     names = None if measures is None else list(registry.MEASURES) if measures == "all" else measures.split(",")
     for name in names or []:
         registry.MEASURES.card(name)
-    data = {"calibration": text, "sequences": sequences, "length": length}
-    asked = {"model": model, "budget": {"keep": 1.0}, "data": data, "dtype": dtype, "seed": seed}
+    if scratch is not None and not stream:
+        raise InputError(
+            "the states of a model in memory need no file", where="--scratch", hint="it belongs to --stream"
+        )
+    parts = shards if shards is not None else COMPARED if compare else RAY_SHARDS if ray else 1
+    how = How(shards=parts, ray=ray, scratch=scratch, compare=compare)
+    data = {"calibration": text, "column": column, "sequences": sequences, "length": length}
+    asked = {"model": model, "budget": {"keep": 1.0}, "data": data, "dtype": dtype, "device": device, "seed": seed}
     run = begin(make_recipe({**asked, "trust_remote_code": trust_remote_code}), out)
+    run.any_kind, run.streamed = True, stream
     with shown(run):
-        pipeline.survey(run, names)
-    from lamina.terminal import print_survey
+        pipeline.survey(run, names, how)
+    from lamina.terminal import print_compare, print_survey
 
     print_survey(run)
+    if compare:
+        print_compare(run)
 
 
 @app.command(epilog="Example: lamina plan run --keep 75% --recipe shortgpt")
@@ -153,9 +177,7 @@ def plan(
     folder: Folder,
     keep: Keep = None,
     parameters: Parameters = None,
-    bytes_: Annotated[
-        str | None, typer.Option("--bytes", metavar="SIZE", help="Bytes of weights to keep at most.")
-    ] = None,
+    bytes_: Bytes = None,
     blocks: Blocks = None,
     sublayers: Sublayers = None,
     protect: Protect = None,
@@ -280,17 +302,10 @@ def anatomy(
     coverage: Annotated[
         bool, typer.Option("--coverage", help="Examine a tiny model of every type that the libraries know.")
     ] = False,
-    library: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="transformers, timm, diffusers; may be repeated.")
-    ] = None,
-    only: Annotated[list[str] | None, typer.Option(metavar="TYPE", help="Of --coverage; may be repeated.")] = None,
-    shard: Annotated[
-        str | None, typer.Option(metavar="I/N", help="The I-th of N parts of --coverage, as JSON.")
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", "-o", metavar="FILE", help="Where --coverage writes: a page, or a part (.json)."),
-    ] = None,
+    library: Libraries = None,
+    only: Types = None,
+    shard: Part = None,
+    out: Page = None,
 ) -> None:
     """Print the blocks and sublayers that were found, what they cost, and the proof that they are right.
 
@@ -334,21 +349,6 @@ def cite(name: str) -> None:
     from lamina.core import registry
 
     typer.echo(registry.cite(name).bibtex())
-
-
-def begin(recipe: Recipe, out: Path | None) -> Run:
-    """Start or take up a run; by default in a folder named after the model and the recipe."""
-    from lamina.pipeline import Run
-
-    stem = "".join(c if c.isalnum() or c in "-_." else "-" for c in Path(recipe.model).name or recipe.model)
-    return Run.start(out or Path(f"{stem}-{recipe.name}"), recipe)
-
-
-def opened(folder: Path) -> Run:
-    """An existing run."""
-    from lamina.pipeline import Run
-
-    return Run.open(folder)
 
 
 def shown(run: Run) -> Any:

@@ -10,6 +10,7 @@ from lamina.core.errors import InputError
 
 if TYPE_CHECKING:
     from lamina.core.documents import Budget, Recipe
+    from lamina.pipeline import Run
 
 
 def share(text: str) -> float:
@@ -109,3 +110,18 @@ def laid_over(
     told = {k: v for k, v in {**asked, **texts}.items() if not data or typed(k)}
     spoken = {("calibration" if k == "text" else k): told[k] for k in texts if k in told}
     return {**data, **{k: told[k] for k in asked if k in told}, "data": {**data.get("data", {}), **spoken}}
+
+
+def begin(recipe: Recipe, out: Path | None) -> Run:
+    """Start or take up a run; by default in a folder named after the model and the recipe."""
+    from lamina.pipeline import Run
+
+    stem = "".join(c if c.isalnum() or c in "-_." else "-" for c in Path(recipe.model).name or recipe.model)
+    return Run.start(out or Path(f"{stem}-{recipe.name}"), recipe)
+
+
+def opened(folder: Path) -> Run:
+    """An existing run."""
+    from lamina.pipeline import Run
+
+    return Run.open(folder)

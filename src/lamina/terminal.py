@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from lamina.core import registry
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from lamina.anatomy import Anatomy, Stack
     from lamina.core.documents import Evidence, EvidenceFile
     from lamina.pipeline import Run
+    from lamina.report.listing import Listing
+    from lamina.report.survey import Survey
 
 console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 
@@ -144,16 +148,36 @@ def print_evidence(run: Run) -> None:
 
 
 def print_survey(run: Run) -> None:
-    """The lowest sites by every measure."""
-    from lamina.pipeline.table import read_survey
+    """The lowest sites by every measure, with standard errors and the intervals of their ranks."""
+    from lamina.report.listing import lowest
+    from lamina.report.survey import Survey
 
-    for name, scores in read_survey(run.path("survey.parquet")).items():
-        table = _grid(f"{name}{f', {scores.unit}' if scores.unit else ''}: lowest first", "site", "score", "±")
-        for site in scores.ranked()[:10]:
-            error = float(scores.stderr[site].mean()) if site in scores.stderr else float("nan")
-            table.add_row(site, number(scores[site]), number(error))
+    for listing in lowest(Survey.open(run.folder)):
+        _print_listing(listing)
+    console.print(str(run.path("survey.parquet")), markup=False)
+
+
+def print_compare(survey: Survey) -> None:
+    """How alike the measures rank the sites, and how stable each one's ranks are over texts and seeds."""
+    from lamina.report.listing import agreement, stability
+
+    for listing in (*agreement(survey), *stability(survey)):
+        _print_listing(listing)
+
+
+def _print_listing(listing: Listing) -> None:
+    if listing.heads:
+        table = _grid(escape(listing.title), *(escape(head) for head in listing.heads))
+        for n, column in enumerate(table.columns):
+            words = any(row[n][:1].isalpha() for row in listing.rows)
+            column.justify = "left" if words or n == 0 else "right"
+        for row in listing.rows:
+            table.add_row(*(escape(cell) for cell in row))
         console.print(table)
-    console.print(str(run.path("survey.parquet")))
+    for note in listing.notes:
+        for line in textwrap.wrap(note, 118, subsequent_indent="    "):
+            console.print(line, markup=False)
+    console.print()
 
 
 def print_plan(run: Run) -> None:

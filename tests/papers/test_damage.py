@@ -13,7 +13,7 @@ from lamina.core.errors import InputError
 from lamina.core.registry import MEASURES
 from lamina.core.scores import Scores
 from lamina.lab import Judge, Lab
-from lamina.lab.gradients import _noise
+from lamina.lab.probes import noise_of
 from lamina.papers.sensitivity.damage import BOUNDS, FLOOR, KAPPA, REMAINS, Damage
 from lamina.testing.measures import check_errors_are_over_sequences
 from lamina.testing.models import own_text, padded, text, tiny
@@ -72,7 +72,7 @@ def oracle(
             names.append(f"block.{number}")
         p = model.lm_head(norm(x, model.model.norm))[:-1].softmax(-1)
         loss = -sum(p[t, ids[t + 1]].log() for t in range(len(ids) - 1))
-        drawn = torch.randn(p.shape, generator=_noise(ids, "fisher", seed))
+        drawn = torch.randn(p.shape, generator=noise_of(ids.tolist(), "fisher", seed))
         q = p.detach()
         tilted = torch.stack([q[t].sqrt() * drawn[t] - q[t] * (q[t].sqrt() @ drawn[t]) for t in range(len(q))])
         noisy = (tilted * p.log()).sum()  # Σ tilted = 0: the normalisation of the softmax drops out

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from lamina.core.documents import Budget, Step
 from lamina.core.errors import InputError
-from lamina.core.registry import PLANNERS
+from lamina.core.registry import MEASURES, PLANNERS
 from lamina.lab import Bench, Judge, Lab
 from lamina.maths import divergence
 from lamina.testing.models import padded, text, tiny
@@ -227,3 +227,32 @@ def test_vanishing_probabilities_give_numbers(function: Any) -> None:
     b = torch.tensor([[1.0, 0.0, -300.0], [500.0, -500.0, 0.0]])
     assert function(a, b).isfinite().all()
     assert function(a, b).gt(0).all()
+
+
+@pytest.mark.parametrize("metric", ["js-reversed", "js", "kl"])
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "mixtral"])
+def test_the_one_shot_measure_is_the_loops_first_step(name: str, metric: str, literal: ModuleType) -> None:
+    model, ids = tiny(name, seed=1), text(3, 8)
+    dense = literal.logits(model, ids)
+    got = MEASURES.make("output-divergence", {"metric": metric}).measure(Lab(model, ids, batch_size=2))
+    assert set(got.values) == {s for n in range(4) for s in (f"block.{n}", *literal.parts(name, f"block.{n}"))}
+    for site in got.values:
+        with literal.masked(model, name, [site]):
+            wanted = literal.divergence(metric, dense, literal.logits(model, ids))
+        assert got[site] == pytest.approx(wanted, rel=1e-3, abs=1e-6), site
+    first = run(model, ids, 1, metric=metric)[0][0]
+    best = min((s for s in got.values if s.count(".") == 2), key=lambda s: got[s])
+    assert first.sites == (best,)
+    assert first.why["divergence"] == pytest.approx(got[best], rel=NATS, abs=1e-7)
+
+
+def test_a_silent_site_diverges_by_nothing() -> None:
+    lab = Lab(tiny("llama"), text(3, 8))
+    silence(lab.anatomy, "block.2")
+    got = MEASURES.make("output-divergence").measure(lab)
+    assert got["block.2"] == got["block.2.attention"] == got["block.2.mlp"] == 0.0
+
+
+def test_the_one_shot_measure_refuses_an_unknown_metric() -> None:
+    with pytest.raises(InputError, match="metric is one of js-reversed, js, kl, not 'angular'"):
+        MEASURES.make("output-divergence", {"metric": "angular"})

@@ -9,20 +9,20 @@ import pytest
 from lamina.core.documents import Budget, ModelRef, Plan, Step
 from lamina.report.charts import Dot, curve, intervals
 from lamina.report.numbers import count, data, fixed, percent, signed, significant, span, times
-from lamina.report.read import Place, Run, Score, Survey, read_run
+from lamina.report.read import Place, Run, Score, SiteScores, read_run
 from lamina.report.strip import Marks, chunking, panels
 from lamina.report.svg import DARK, LEVELS, LIGHT, Scale, el, ticks
 
 
-def run_of(survey: Survey, *steps: Step) -> Run:
+def run_of(survey: SiteScores, *steps: Step) -> Run:
     plan = Plan(model=ModelRef(name="m", fingerprint="f"), budget=Budget(keep=0.5), steps=steps)
     return Run(Path(), None, plan, survey, None, None, published=False)
 
 
-def survey_of(**scores: float) -> Survey:
+def survey_of(**scores: float) -> SiteScores:
     sites = {key.replace("__", "."): value for key, value in scores.items()}
     kinds = {site: Place.of(site).kind for site in sites if Place.of(site)}  # type: ignore[union-attr]
-    return Survey(scores={"m": {s: Score(v, None) for s, v in sites.items()}}, kinds=kinds)
+    return SiteScores(scores={"m": {s: Score(v, None) for s, v in sites.items()}}, kinds=kinds)
 
 
 def test_every_block_falls_into_one_chunk() -> None:
@@ -37,7 +37,7 @@ def test_every_block_falls_into_one_chunk() -> None:
 
 
 def test_a_dropped_block_takes_its_sublayers_along() -> None:
-    marks = Marks.of(run_of(Survey(), Step(rewrite="drop", sites=("block.3",))).plan)
+    marks = Marks.of(run_of(SiteScores(), Step(rewrite="drop", sites=("block.3",))).plan)
     inside = Place.of("block.3.mlp")
     assert inside
     assert marks.fate(inside) == ("dropped", "dropped with block.3 (step 1)")
@@ -47,7 +47,7 @@ def test_a_dropped_block_takes_its_sublayers_along() -> None:
 
 
 def test_other_rewrites_are_changed_not_dropped() -> None:
-    marks = Marks.of(run_of(Survey(), Step(rewrite="replace", sites=("block.3.mlp",))).plan)
+    marks = Marks.of(run_of(SiteScores(), Step(rewrite="replace", sites=("block.3.mlp",))).plan)
     place = Place.of("block.3.mlp")
     assert place
     assert marks.fate(place) == ("changed", "replace (step 1)")
@@ -62,7 +62,7 @@ def test_stacks_apart_and_hybrid_kinds_share_a_row() -> None:
 
 
 def test_a_plan_without_a_survey_is_drawn() -> None:
-    (panel,) = panels(run_of(Survey(), Step(rewrite="drop", sites=("block.1.mlp",))), "")
+    (panel,) = panels(run_of(SiteScores(), Step(rewrite="drop", sites=("block.1.mlp",))), "")
     assert 'data-site="block.1.mlp"' in panel.stacks[0].chunks[0][1]
 
 

@@ -15,6 +15,7 @@ from lamina.anatomy.branches import find_branches, find_stream, returns_of, toke
 from lamina.anatomy.config import index_attributes, index_strides, owner_of
 from lamina.anatomy.costs import kv_bytes, ledger
 from lamina.anatomy.joins import StreamError
+from lamina.anatomy.linears import LinearSites
 from lamina.anatomy.parts import Block, Branch, Certificate, Ledger, Stack
 from lamina.anatomy.stacks import Seen, call, carries, default_sample, evaluating, find_stacks, linked
 from lamina.anatomy.trace import Flops
@@ -26,8 +27,8 @@ TOLERANCE = 1e-5
 """Relative residual error that a float32 block may show; other types get their own rounding step."""
 
 
-class Anatomy(UnitSites):
-    """The sites of one model in depth order: each block, then its sublayers."""
+class Anatomy(UnitSites, LinearSites):
+    """The sites of one model in depth order: each block, then its sublayers; units and linear maps where asked for."""
 
     def __init__(self, model: nn.Module, stacks: tuple[Stack, ...], sample: Mapping[str, Any], macs: int) -> None:
         self.model = model
@@ -78,14 +79,31 @@ class Anatomy(UnitSites):
         return ledger(self.model, self.stacks, kv_bytes(self.model, self.sample), self._macs)
 
     def site(self, site_id: str) -> Site:
-        """One site by its id; an unknown one is an error with a hint."""
-        if site_id not in self._by_id:
+        """One site by its id, also a linear map or the units of a sublayer; an unknown one is an error with a hint."""
+        if site_id in self._by_id:
+            return self._by_id[site_id]
+        inside = next((s for s in self.inner_sites(site_id.rpartition(".")[0]) if s.id == site_id), None)
+        inside = self._linear_table().get(site_id) if inside is None and "." in site_id else inside
+        if inside is None:
             raise InputError("the model has no such site", where=site_id, hint=did_you_mean(site_id, self._by_id))
-        return self._by_id[site_id]
+        return inside
+
+    def inner_sites(self, site_id: str) -> tuple[Site, ...]:
+        """The units of a sublayer; none for anything else."""
+        return self.units(site_id) if site_id in self._branches else ()
 
     def of_kind(self, *kinds: Kind) -> tuple[Site, ...]:
-        """The sites of these kinds, in depth order."""
-        return tuple(s for s in self.sites if s.kind in kinds)
+        """The sites of these kinds, in depth order: of a sublayer, its units come behind it, then its linear maps.
+
+        Units and linear maps are found when they are first asked for.
+        """
+        found = []
+        for site in self.sites:
+            found += [site] if site.kind in kinds else []
+            if site.id in self._branches:
+                found += [u for k in kinds if k in UNITS for u in self.units(site, k)]
+                found += self.linears(site) if Kind.LINEAR in kinds else []
+        return tuple(found)
 
     @property
     def sublayers(self) -> tuple[Site, ...]:
@@ -124,8 +142,11 @@ class Anatomy(UnitSites):
         return tuple(found)
 
     def cost(self, site: Site | str) -> Cost:
-        """What the site takes: its modules and the norms that serve it alone."""
-        return self._ledger.sites[self.site(site if isinstance(site, str) else site.id).id]
+        """What the site takes: its modules and the norms that serve it alone; of units, what each of them owns."""
+        known = self.site(site if isinstance(site, str) else site.id)
+        if known.kind is Kind.LINEAR:
+            return self.linear_cost(known)
+        return self.unit_cost(known) if known.kind in UNITS else self._ledger.sites[known.id]
 
     def total(self) -> Cost:
         """What the whole model takes."""
@@ -142,6 +163,9 @@ class Anatomy(UnitSites):
         """
         if site.kind in UNITS:
             return self.unit_ties(site)
+        if site.kind is Kind.LINEAR:
+            named = self.model.get_submodule(site.path).named_parameters(recurse=False)
+            return tuple(Tie(f"{site.path}.{name}", dim=0, size=p.shape[0]) for name, p in named)
         block = self.block(site)
         if block.turns > 1:
             return ()

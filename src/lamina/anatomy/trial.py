@@ -88,15 +88,22 @@ def _first(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     return args[0] if args else next(iter(kwargs.values()))
 
 
+def handed_on(
+    block: Block, carries: Sequence[tuple[int, int | str]], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Any:
+    """What a block that does nothing returns of these arguments: its stream, and what it `carries` beside it."""
+    out = wrapped(args[block.stream] if isinstance(block.stream, int) else kwargs[block.stream], block.returns)
+    given = {**dict(enumerate(args)), **kwargs}
+    beside = {i: given[place] for i, place in carries if place in given}
+    return type(out)(beside.get(i, v) for i, v in enumerate(out)) if beside else out
+
+
 @contextmanager
 def passed(model: nn.Module, block: Block, carries: Sequence[tuple[int, int | str]] = ()) -> Iterator[None]:
     """Inside, the block hands its stream on as it is, norms of the stream included, and what it `carries` beside it."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        out = wrapped(args[block.stream] if isinstance(block.stream, int) else kwargs[block.stream], block.returns)
-        given = {**dict(enumerate(args)), **kwargs}
-        beside = {i: given[place] for i, place in carries if place in given}
-        return type(out)(beside.get(i, v) for i, v in enumerate(out)) if beside else out
+        return handed_on(block, carries, args, kwargs)
 
     with counted(model, block) as its_turn, forward_of(model.get_submodule(block.path), forward, its_turn):
         yield

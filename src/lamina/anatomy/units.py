@@ -17,7 +17,7 @@ from lamina.anatomy._units_probe import Given, Rig
 from lamina.anatomy.parts import Block, Branch, Stack
 from lamina.anatomy.stacks import call, evaluating
 from lamina.core.errors import CertificateError, InputError, UnsupportedError
-from lamina.core.sites import Kind, Site, Tie
+from lamina.core.sites import Cost, Kind, Site, Tie
 
 KINDS: dict[Kind, tuple[Kind, ...]] = {
     Kind.ATTENTION: (Kind.HEAD, Kind.KV_GROUP),
@@ -93,7 +93,7 @@ class UnitTable:
             own = tuple(replace(t, param=t.param.removeprefix(f"{block.path}.")) for t in ties)
             units = replace(units, ties=own, outputs=tuple(t for t in own if t.param == units.outputs[0].param))
         try:
-            with evaluating(self.model):
+            with evaluating(self.model), torch.enable_grad():
                 made = _certified(_rig(self.model.get_submodule(block.path), self.given(block)), units)
         except NoUnits as reason:
             raise CertificateError(str(reason), where=site.id) from None
@@ -104,7 +104,7 @@ class UnitTable:
         if stack.path not in self._streams:
             try:
                 stack.expect_unlooped("no channels")
-                with evaluating(self.model):
+                with evaluating(self.model), torch.enable_grad():
                     self._streams[stack.path] = self._channels(stack)
             except (NoUnits, UnsupportedError, *FAULTS) as reason:
                 self._streams[stack.path] = str(reason)[:200]
@@ -137,7 +137,7 @@ class UnitTable:
             missing = [k for k, v in found.items() if isinstance(v, str)]
             if missing:
                 try:
-                    with evaluating(self.model):
+                    with evaluating(self.model), torch.enable_grad():  # they are found by gradients
                         made = _tried(_rig(module, self.given(block), seed), branch, module)
                 except (RuntimeError, ValueError, TypeError, KeyError) as error:
                     made = dict.fromkeys(wanted, f"the block does not run on its own: {str(error)[:120]}")
@@ -250,10 +250,7 @@ class UnitSites:
 
         `ties`: others in the place of those that were found. Raises CertificateError with what is off.
         """
-        place = self._placed(site.id.rpartition(".")[0])
-        if place is None:
-            raise InputError("no site of units", where=site.id)
-        return self._units_of().certify(*place, site.kind, ties)
+        return self._units_of().certify(*self._expect_placed(site), site.kind, ties)
 
     def unit_ties(self, site: Site) -> tuple[Tie, ...]:
         """The slices that each unit of a site owns; a range that lies outside of its parameter is empty."""
@@ -265,6 +262,38 @@ class UnitSites:
         if place is None or self._units_of().site(*place, site.kind) != site:
             raise InputError("the model has no such units", where=site.id, hint="ask units() of its sublayer")
         return self._units_of().ties(*place, site.kind)
+
+    def unit_cost(self, site: Site) -> Cost:
+        """What one unit owns: parameters and bytes, and a multiply-add per weight of its matrices and token."""
+        parameters = dict(self.model.named_parameters())
+        owned = [(p, p.numel() // p.shape[t.dim] * t.size) for t in self.unit_ties(site) for p in [parameters[t.param]]]
+        sizes = sum(n for _, n in owned), sum(n * p.element_size() for p, n in owned)
+        return Cost(*sizes, macs=sum(n for p, n in owned if p.ndim > 1))
+
+    def tail(self, site: Site) -> str:
+        """The path of the linear map whose input columns a site's units are; '' for experts."""
+        block, branch = self._expect_placed(site)
+        units = self._units_of().of(block, branch)[site.kind]
+        return f"{block.path}.{units.tail}" if isinstance(units, Units) and units.tail else ""
+
+    def columns(self, site: Site) -> list[range]:
+        """Of each unit, the columns of the tail's input that are its own, as ranges of one length and step.
+
+        Unit i has those of `columns[i]`; a unit whose columns lie apart is an error.
+        """
+        block, branch = self._expect_placed(site)
+        units = self._units_of().of(block, branch)[site.kind]
+        outputs = units.outputs if isinstance(units, Units) else ()
+        if len(outputs) != 1 or not self.tail(site):
+            raise UnsupportedError("its units own no run of columns", where=site.id)
+        tie = outputs[0]
+        return [range(tie.start + i * tie.size, tie.start + (i + 1) * tie.size) for i in range(site.width)]
+
+    def _expect_placed(self, site: Site) -> tuple[Block, Branch]:
+        place = self._placed(site.id.rpartition(".")[0])
+        if place is None:
+            raise InputError("no site of units", where=site.id)
+        return place
 
     def channels(self, stack: Stack) -> Site | None:
         """The channels of a stack's stream as units, None where they can't be told (`refused_channels` says why)."""

@@ -104,8 +104,10 @@ def check_safetensors(path: Path) -> Mapping[str, Any]:
     return header
 
 
-def check_config(config: Mapping[str, Any], where: object, *, trust_remote_code: bool) -> None:
-    """Refuse what lamina can't take: remote code unasked, quantised weights, models that are no causal LM."""
+def check_config(config: Mapping[str, Any], where: object, *, trust_remote_code: bool, any_kind: bool = False) -> None:
+    """Refuse what lamina can't take: remote code unasked, quantised weights, and unless `any_kind` will do, models that
+    are no causal LM.
+    """
     remote = config.get("auto_map") or {}
     if remote and not trust_remote_code:
         raise InputError(
@@ -118,7 +120,7 @@ def check_config(config: Mapping[str, Any], where: object, *, trust_remote_code:
         method = quantised.get("quant_method", "") if isinstance(quantised, Mapping) else ""
         what = f"quantised weights ({method or 'quantization_config in config.json'})"
         raise UnsupportedError(what, where=where, hint="give the full-precision checkpoint, or a GGUF file")
-    if "AutoModelForCausalLM" not in remote:
+    if "AutoModelForCausalLM" not in remote and not any_kind:
         _check_causal(config, where)
 
 

@@ -1,20 +1,9 @@
-"""Gradients along the stream: one forward, then one backward per probe, with all parameters frozen.
-
-A probe is a cotangent on the logits, summed over the predicted tokens:
-
-- "loss": p - onehot(label), so that the gradient is that of the summed next-token loss (Σ over positions, in nats);
-- "fisher": √p·e - p·(√p·e summed) with e ~ N(0, 1), fresh at every position. Its covariance is diag(p) - ppᵀ, so that
-  squares of such gradients are unbiased for the Gauss-Newton matrix of the loss, which is the Fisher matrix of the
-  model's own distribution (Martens, New Insights and Perspectives on the Natural Gradient Method, 2020, section 8).
-
-The noise of a sequence follows from the seed and its tokens, whatever batch it comes in.
-"""
+"""Gradients along the stream: one forward, then one backward per probe (see `lamina.lab.probes`)."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
@@ -24,7 +13,13 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lamina.anatomy.trace import first_tensor
 from lamina.core.errors import InputError, UnsupportedError, did_you_mean
-from lamina.lab.lab import Batch, Lab, _feeder, real
+from lamina.core.sites import Kind
+from lamina.lab.attention import Attention, attention_recorded
+from lamina.lab.feed import Extras, Feeder, inner_path, inputs_noted, wants_of
+from lamina.lab.lab import Lab
+from lamina.lab.objective import objective_of, output_of
+from lamina.lab.probes import PROBES, cotangents
+from lamina.lab.rows import Rows, real
 
 if TYPE_CHECKING:
     from lamina.anatomy import Anatomy
@@ -33,25 +28,6 @@ if TYPE_CHECKING:
     from lamina.core.sites import Site
     from lamina.lab.protocols import Tally
     from lamina.lab.taps import Taps
-
-Probe = Callable[[Tensor, Tensor, torch.Generator], Tensor]
-"""(probabilities [positions, vocabulary] float32, labels [positions], noise) → cotangent, as the probabilities."""
-
-
-def _loss(p: Tensor, labels: Tensor, _: torch.Generator) -> Tensor:
-    """Gradient of the summed cross-entropy with respect to the logits."""
-    out = p.clone()
-    out[torch.arange(len(labels), device=p.device), labels] -= 1
-    return out
-
-
-def _fisher(p: Tensor, _: Tensor, noise: torch.Generator) -> Tensor:
-    """A draw whose covariance is the loss's Hessian with respect to the logits, diag(p) - ppᵀ."""
-    drawn = torch.randn(p.shape, generator=noise).to(p.device).mul_(p.sqrt())
-    return drawn.sub_(p * drawn.sum(-1, keepdim=True))
-
-
-PROBES: dict[str, Probe] = {"loss": _loss, "fisher": _fisher}
 
 
 @dataclass(eq=False)
@@ -67,14 +43,20 @@ class _Passed:
 class _Graded:
     """Hands taps on to the tallies with the gradients of their site; frees them as it goes."""
 
-    def __init__(self, tallies: Sequence[Tally], gradients: dict[str, Tensor]) -> None:
-        self.tallies, self.gradients = tallies, gradients
+    def __init__(self, tallies: Sequence[Tally], found: _Found) -> None:
+        self.tallies, self.found = tallies, found
+        self.wants = wants_of(tallies)
 
     def add(self, site: Site, taps: Taps) -> None:
-        """One site on one batch."""
-        taps.gradient = self.gradients.pop(site.id)
+        """One site on one batch: each tally sees the probes that it names, in its order."""
+        gradients, inner = self.found.sites.pop(site.id, {}), self.found.inner.pop(site.id, {})
+        taps.weights = self.found.weights.pop(site.id, {})
         for tally in self.tallies:
-            tally.add(site, taps)
+            names = list(getattr(tally, "probes", self.found.probes))
+            taps.gradient = torch.stack([gradients[p] for p in names]) if gradients else None
+            taps.inner_gradient = torch.stack([inner[p] for p in names]) if inner else None
+            if site.kind is not Kind.LINEAR or "linears" in getattr(tally, "wants", ()):
+                tally.add(site, taps)
 
     def merge(self, other: Self) -> Self:
         """Holds nothing of its own."""
@@ -85,13 +67,27 @@ class _Graded:
         raise TypeError("ask the tallies")
 
 
+@dataclass(eq=False)
+class _Found:
+    """The gradients of one batch, by site and probe: along the stream, and with respect to the inner inputs.
+
+    `weights`: by sublayer and parameter, the parameter and the gradient of the summed loss.
+    """
+
+    probes: Sequence[str]
+    sites: dict[str, dict[str, Tensor]] = field(default_factory=dict[str, dict[str, Tensor]])
+    inner: dict[str, dict[str, Tensor]] = field(default_factory=dict[str, dict[str, Tensor]])
+    weights: dict[str, dict[str, tuple[Tensor, Tensor]]] = field(default_factory=dict)
+
+
 @contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Inside, no parameter takes part in the graph; afterwards each is as it was."""
+def frozen(model: nn.Module, but: Iterable[nn.Parameter] = ()) -> Iterator[None]:
+    """Inside, no parameter `but` these takes part in the graph; afterwards each is as it was."""
     before = [(p, p.requires_grad) for p in model.parameters()]
+    taken = {id(p) for p in but}
     try:
         for p, _ in before:
-            p.requires_grad_(False)
+            p.requires_grad_(id(p) in taken)
         yield
     finally:
         for p, wanted in before:
@@ -123,16 +119,22 @@ def graph_recorded(model: nn.Module, anatomy: Anatomy) -> Iterator[list[_Passed]
         handles.extend(outlet.register_forward_hook(hook) for outlet, hook in outlets)
         handles.append(module.register_forward_hook(closes))
 
+    expect_differentiable(anatomy)
     try:
-        for stack in anatomy.stacks:
-            stack.expect_unlooped("no gradients of its sublayers")
-            for block in stack.blocks:
-                _expect_once(block)
-                attach(block, model.get_submodule(block.path))
+        for block in (b for k in anatomy.stacks for b in k.blocks):
+            attach(block, model.get_submodule(block.path))
         yield passed
     finally:
         for handle in handles:
             handle.remove()
+
+
+def expect_differentiable(anatomy: Anatomy) -> None:
+    """Raise UnsupportedError where gradients along the stream can't be told apart by site."""
+    for stack in anatomy.stacks:
+        stack.expect_unlooped("no gradients of its sublayers")
+        for block in stack.blocks:
+            _expect_once(block)
 
 
 def _expect_once(block: Block) -> None:
@@ -156,53 +158,152 @@ def _joins(branch: Branch, passed: list[_Passed]) -> Callable[..., Any]:
 
 
 def stream_gradients(
-    lab: Lab, tallies: Iterable[Tally], *, probes: Sequence[str] = ("loss", "fisher"), seed: int | None = None
+    lab: Lab,
+    tallies: Iterable[Tally],
+    *,
+    probes: Sequence[str] | None = None,
+    seed: int | None = None,
+    what: str = "gradients",
+    score: bool = True,
 ) -> list[Scores]:
-    """One forward and `len(probes)` backwards over the text feed all tallies, every site of every batch in depth order.
+    """One forward and a backward per probe over the text feed all tallies, every site of every batch in depth order.
 
-    `taps.gradient` [probes, tokens, width] is the gradient with respect to the stream after the site, which is
-    that with respect to what the site adds. Memory: the graph and the gradients of one batch.
-    Raises InputError for an unknown probe.
+    `probes`: those that the tallies name (`tally.probes`), or "loss" and "fisher" where none does. `taps.gradient`
+    [probes, tokens, width] is the gradient with respect to the stream after the site, which is that with respect to
+    what the site adds. Where a tally wants "weights", sequences are run one by one, so that what it sees is of one
+    sequence each. Memory: the graph and the gradients of one batch. Raises InputError for an unknown probe.
     """
-    for probe in probes:
+    tallies = list(tallies)
+    named = dict.fromkeys(p for t in tallies for p in getattr(t, "probes", ()))
+    chosen = tuple(probes if probes is not None else named or ("loss", "fisher"))
+    for probe in chosen:
         if probe not in PROBES:
             raise InputError(f"no probe named {probe!r}", hint=did_you_mean(probe, PROBES))
-    tallies, done = list(tallies), 0
-    with frozen(lab.model), torch.enable_grad():
-        for batch in lab.batches:
-            _one_batch(lab, batch, tallies, probes, lab.seed if seed is None else seed)
-            done += len(real(batch))
-            lab.progress("gradients", done, lab.sequences)
-    return [tally.scores() for tally in tallies]
+    weights = _weights(lab.anatomy) if "weights" in wants_of(tallies) else {}
+    done = 0
+    with frozen(lab.model, weights.values()), torch.enable_grad():
+        for rows in _singly(lab) if weights else lab.rows():
+            _one_batch(lab, rows, tallies, chosen, lab.seed if seed is None else seed, weights)
+            done += rows.sequences
+            lab.progress(what, done, lab.sequences)
+    return [tally.scores() for tally in tallies if score]
 
 
-def _one_batch(lab: Lab, batch: Batch, tallies: Sequence[Tally], probes: Sequence[str], seed: int) -> None:
-    with graph_recorded(lab.model, lab.anatomy) as passed:
-        logits = lab.forward(batch)
+def _singly(lab: Lab) -> Iterator[Rows]:
+    for rows in lab.rows():
+        for row in range(rows.sequences):
+            yield rows.only(row)
+
+
+def _weights(anatomy: Anatomy) -> dict[str, nn.Parameter]:
+    """The parameters that serve one sublayer alone, by name; Raises UnsupportedError where passes share them."""
+    for stack in anatomy.stacks:
+        stack.expect_unlooped("no gradients of its weights")
+    wanted = {t.param for s in anatomy.sublayers for t in anatomy.ties(s)}
+    return {n: p for n, p in anatomy.model.named_parameters() if n in wanted}
+
+
+def _one_batch(
+    lab: Lab,
+    rows: Rows,
+    tallies: Sequence[Tally],
+    probes: Sequence[str],
+    seed: int,
+    weights: Mapping[str, nn.Parameter],
+) -> None:
+    extras = Extras(keep=True)
+    with ExitStack() as held:
+        _listen(lab.anatomy, tallies, extras, held)
+        passed = held.enter_context(graph_recorded(lab.model, lab.anatomy))
+        result = lab.result(rows.batch)
+    out, objective = output_of(result), objective_of(lab.model, result)
+    del result
+    found = _Found(probes)
+    if out.requires_grad:
+        _differentiate(
+            lab, rows, out, cotangents(out.detach(), objective, rows, probes, seed), passed, extras, found, weights
+        )
+    del out
+    _zeros_for(passed, found, rows)
+    extras.inputs = {k: v.detach() for k, v in extras.inputs.items()}
+    _feed(lab.anatomy, rows, passed, extras, _Graded(tallies, found))
+
+
+def _listen(anatomy: Anatomy, tallies: Sequence[Tally], extras: Extras, held: ExitStack) -> None:
+    """Note what tallies want beside the stream, of all blocks, since the graph holds it anyway."""
+    wants = wants_of(tallies)
+    paths = [inner_path(anatomy, s) for s in anatomy.sublayers] if "inner" in wants else []
+    paths += [s.path for s in anatomy.linears()] if "linears" in wants else []
+    if paths:
+        held.enter_context(inputs_noted(anatomy.model, paths, extras))
+    if "attention" in wants:
+        take = held.enter_context(attention_recorded(anatomy.model, anatomy))
+        extras.attention = lambda site: _cut_loose(take(site))
+
+
+def _cut_loose(attention: Attention | None) -> Attention | None:
+    if attention is not None:
+        for name in ("query", "key", "value", "mask", "softmaxed"):
+            tensor = getattr(attention, name)
+            setattr(attention, name, tensor.detach() if isinstance(tensor, Tensor) else tensor)
+    return attention
+
+
+def _differentiate(
+    lab: Lab,
+    rows: Rows,
+    out: Tensor,
+    cotangent: list[Tensor],
+    passed: Sequence[_Passed],
+    extras: Extras,
+    found: _Found,
+    weights: Mapping[str, nn.Parameter],
+) -> None:
+    """Fill `found`, one backward after the other; the loss's alone goes down to the weights."""
     targets = {site: tensor for p in passed for site, tensor in _targets(p)}
-    reached = [t for t in targets.values() if t.requires_grad]  # a silenced branch hangs on nothing
-    cotangents = _cotangents(logits.detach(), batch, probes, seed)
-    found: list[dict[int, Tensor | None]] = []
-    while cotangents:
-        last = len(cotangents) == 1
-        gradients = torch.autograd.grad(logits, reached, cotangents.pop(0), retain_graph=not last, allow_unused=True)
-        found.append({id(t): g for t, g in zip(reached, gradients, strict=True)})
-        del gradients
-        lab.counts.backwards += int(real(batch).sum()) * lab.depth
-    del logits
+    inner = (
+        {s.id: extras.inputs.get(inner_path(lab.anatomy, s)) for s in lab.anatomy.sublayers} if extras.inputs else {}
+    )
+    inner = {k: v for k, v in inner.items() if v is not None and v.requires_grad}
+    reached = {
+        id(t): t for t in (*targets.values(), *inner.values()) if t.requires_grad
+    }  # silenced ones hang on nothing
     scales = {x.site.id: x.scale for p in passed for x in p.block.branches}
-    mask = real(batch)
-    by_site = {
-        site: torch.stack([_stripped(g.get(id(t)), t, scales.get(site, 1.0), mask) for g in found])
-        for site, t in targets.items()
-    }
-    del found, targets, reached
-    _feed(lab.anatomy, batch, passed, _Graded(tallies, by_site))
+    for probe in found.probes:
+        given, last = cotangent.pop(0), not cotangent
+        leaves = list(weights.values()) if probe == "loss" else []
+        made = torch.autograd.grad(out, [*reached.values(), *leaves], given, retain_graph=not last, allow_unused=True)
+        gradients = dict(zip(reached, made, strict=False))
+        for site, tensor in targets.items():
+            found.sites.setdefault(site, {})[probe] = _stripped(
+                gradients.get(id(tensor)), tensor, scales.get(site, 1.0), rows
+            )
+        for site, tensor in inner.items():
+            found.inner.setdefault(site, {})[probe] = _stripped(gradients.get(id(tensor)), tensor, 1.0, rows)
+        if leaves:
+            _share_out(lab.anatomy, dict(zip(weights, made[len(reached) :], strict=True)), weights, found)
+        lab.counts.backwards += int(real(rows.batch).sum()) * lab.depth
+
+
+def _share_out(
+    anatomy: Anatomy, gradients: Mapping[str, Tensor | None], weights: Mapping[str, nn.Parameter], found: _Found
+) -> None:
+    for site in anatomy.sublayers:
+        mine = dict.fromkeys(t.param for t in anatomy.ties(site))
+        parts = {n: (weights[n].detach(), gradients[n]) for n in mine}
+        found.weights[site.id] = {n: (p, torch.zeros_like(p) if g is None else g) for n, (p, g) in parts.items()}
+
+
+def _zeros_for(passed: Sequence[_Passed], found: _Found, rows: Rows) -> None:
+    """Gradients of zero for what the output does not hang on at all."""
+    for site, tensor in (t for p in passed for t in _targets(p)):
+        for probe in found.probes:
+            found.sites.setdefault(site, {}).setdefault(probe, _stripped(None, tensor, 1.0, rows))
 
 
 @torch.no_grad()
-def _feed(anatomy: Anatomy, batch: Batch, passed: list[_Passed], graded: _Graded) -> None:
-    feed = _feeder(anatomy, batch, [graded])
+def _feed(anatomy: Anatomy, rows: Rows, passed: list[_Passed], extras: Extras, graded: _Graded) -> None:
+    feed = Feeder(anatomy, rows, [graded], extras)
     passed.reverse()
     while passed:
         here = passed.pop()
@@ -219,33 +320,8 @@ def _targets(passed: _Passed) -> Iterator[tuple[str, Tensor]]:
     yield from passed.outlets.items()
 
 
-def _stripped(gradient: Tensor | None, like: Tensor, scale: float, mask: Tensor) -> Tensor:
+def _stripped(gradient: Tensor | None, like: Tensor, scale: float, rows: Rows) -> Tensor:
     """The gradient with respect to what is added, `scale` times the outlet's output; no padding: [tokens, width]."""
-    if gradient is None:
-        gradient = torch.zeros_like(like)
-    gradient = gradient.flatten(0, 1) if bool(mask.all()) else gradient[mask.to(gradient.device)]
+    gradient = torch.zeros_like(like) if gradient is None else gradient
+    gradient = rows.on(gradient).strip(gradient)
     return gradient if scale == 1.0 else gradient / scale
-
-
-@torch.no_grad()
-def _cotangents(logits: Tensor, batch: Mapping[str, Tensor], probes: Sequence[str], seed: int) -> list[Tensor]:
-    """One cotangent [batch, tokens, vocabulary] per probe; one softmax, sequence by sequence, serves all."""
-    out = [torch.zeros_like(logits) for _ in probes]
-    mask, ids = real(batch), batch["input_ids"]
-    for row in range(len(ids)):
-        places = mask[row].nonzero().squeeze(1)
-        if len(places) < 2:
-            continue
-        own = ids[row, places.to(ids.device)]
-        where = places[:-1].to(logits.device)
-        p = torch.softmax(logits[row, where].float(), -1)
-        for probe, cotangent in zip(probes, out, strict=True):
-            made = PROBES[probe](p, own[1:].to(p.device), _noise(own, probe, seed))
-            cotangent[row, where] = made.to(logits.dtype)
-    return out
-
-
-def _noise(ids: Tensor, probe: str, seed: int) -> torch.Generator:
-    """A generator that depends on the seed, the probe and the sequence's tokens alone."""
-    text = f"{seed} {probe} {ids.tolist()}".encode()
-    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text).digest()[:7], "big"))

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lamina.anatomy import Anatomy
-from lamina.anatomy.parts import Block
-from lamina.anatomy.trial import ablated
-from lamina.anatomy.watch import watch_blocks
-from lamina.core.errors import InputError
-from lamina.core.sites import Kind, Site
-from lamina.lab.taps import SharedTaps, Streams, Taps
-from lamina.maths.divergence import nll
+from lamina.anatomy.trial import ablated, shorted
+from lamina.core.errors import InputError, UnsupportedError
+from lamina.core.sites import Kind
+from lamina.lab.feed import feeding
+from lamina.lab.objective import output_of, token_losses
+from lamina.lab.rows import Batch, Rows, real, sequence_keys
 
 if TYPE_CHECKING:
     from lamina.core.scores import Scores
     from lamina.lab.protocols import Tally
 
-Batch = Mapping[str, Tensor]
+ASIDE = frozenset({"concept"})
+"""Entries of a batch that tell measures of its sequences and are no inputs of the model."""
 Progress = Callable[[str, int, int], None]
 """(what, done, total): called as work goes on."""
 
@@ -52,7 +54,8 @@ class Counts:
 class Lab:
     """A model, its anatomy and a text of token ids [sequences, tokens] (or batches of model inputs).
 
-    `model` is put into evaluation mode; else it is left as it was, and only rewrites and healers change it.
+    `model` is put into evaluation mode; else it is left as it was, and only rewrites and healers change it. `offset` is
+    the number of the text's first sequence, where it is a part of a longer one.
     """
 
     def __init__(
@@ -63,10 +66,12 @@ class Lab:
         anatomy: Anatomy | None = None,
         batch_size: int = 4,
         seed: int = 0,
+        offset: int = 0,
         progress: Progress = quiet,
     ) -> None:
         self.model = model.eval()
-        self.anatomy = anatomy or Anatomy.of(model)
+        self.anatomy = anatomy or Anatomy.of(model, sample_of(text))
+        self.offset = offset
         self.device = next(model.parameters()).device
         self.seed = seed
         self.progress = progress
@@ -79,6 +84,11 @@ class Lab:
             self.batches = tuple(text)
         if not self.batches:
             raise InputError("the lab has no text")
+        for number, batch in enumerate(self.batches):
+            empty = (~real(batch).any(1)).nonzero()
+            if len(empty):
+                where = f"row {int(empty[0])} of batch {number}"
+                raise InputError("a sequence holds nothing but padding", where=where, hint="take it out")
 
     @property
     def depth(self) -> int:
@@ -100,6 +110,11 @@ class Lab:
         """Forward-equivalents that were run so far."""
         return self.counts.passes(self.tokens, self.depth)
 
+    @property
+    def predicts(self) -> bool:
+        """Whether the model's output is a distribution of the next token at each position."""
+        return predicts(self.model)
+
     def renew(self) -> None:
         """Find the anatomy anew, after the model was changed."""
         self.anatomy = Anatomy.of(self.model)
@@ -118,30 +133,63 @@ class Lab:
         return part
 
     def forward(self, batch: Batch, *, head: bool = True, skipped: int = 0) -> Tensor:
-        """Logits [batch, tokens, vocabulary]; without the head, the last hidden states.
+        """Logits [batch, tokens, vocabulary]; without the head, or where there is none, the last hidden states.
 
         `skipped` blocks are counted as not evaluated.
         """
-        inputs = {k: v.to(self.device) for k, v in batch.items()}
-        tokens = int(real(batch).sum())
-        self.counts.blocks += tokens * (self.depth - skipped)
-        body = self.model if head else getattr(self.model, "base_model", self.model)
-        self.counts.heads += tokens if head else 0
-        extra = {"use_cache": False} if hasattr(getattr(self.model, "config", None), "use_cache") else {}
-        out = body(**inputs, **extra)
-        found = getattr(out, "logits", None) if head else getattr(out, "last_hidden_state", None)
-        return found if found is not None else out[0] if isinstance(out, tuple) else out
+        return output_of(self.result(batch, head=head, skipped=skipped), head=head)
 
-    def stream(self, tallies: Iterable[Tally], what: str = "survey") -> list[Scores]:
-        """One forward over the text feeds all tallies: each sees every site of every batch, in depth order."""
+    def result(self, batch: Batch, *, head: bool = True, skipped: int = 0, count: bool = True) -> Any:
+        """All that a forward of the model returns, without the head that of its body."""
+        inputs = {k: v.to(self.device) for k, v in batch.items() if k not in ASIDE}
+        if count:
+            tokens = int(real(batch).sum())
+            self.counts.blocks += tokens * (self.depth - skipped)
+            self.counts.heads += tokens if head else 0
+        body = self.model if head else getattr(self.model, "base_model", self.model)
+        extra = {"use_cache": False} if hasattr(getattr(self.model, "config", None), "use_cache") else {}
+        return body(**inputs, **extra)
+
+    def decode(self, states: Tensor) -> Tensor:
+        """Logits [n, vocabulary] of states behind the last block; see `decoder`."""
+        self.counts.heads += len(states)
+        return decoder(self.anatomy)(states)
+
+    def stream(self, tallies: Iterable[Tally], what: str = "survey", *, score: bool = True) -> list[Scores]:
+        """One forward over the text feeds all tallies: each sees every site of every batch, in depth order.
+
+        Their scores, or nothing where no `score` is asked for.
+        """
         tallies = list(tallies)
-        done = 0
-        for batch in self.batches:
-            with torch.no_grad(), watch_blocks(self.model, self.anatomy, _feeder(self.anatomy, batch, tallies)):
-                self.forward(batch, head=False)
-            done += len(real(batch))
-            self.progress(what, done, self.sequences)
-        return [tally.scores() for tally in tallies]
+        for rows in self.rows():
+            with torch.no_grad(), feeding(self.anatomy, rows, tallies):
+                self.forward(rows.batch, head=False)
+            self.progress(what, rows.offset - self.offset + rows.sequences, self.sequences)
+        return [tally.scores() for tally in tallies if score]
+
+    def sweep(self, tallies: Iterable[Any], *, score: bool = True, **options: Any) -> list[Scores]:
+        """Every site that a tally takes is taken away once, and what the network then does is fed to the tallies.
+
+        See `lamina.lab.trials`.
+        """
+        from lamina.lab.trials import Trials
+
+        tallies = list(tallies)
+        Trials(self, **options).run(tallies)
+        return [tally.scores() for tally in tallies if score]
+
+    def rows(self) -> Iterator[Rows]:
+        """The batches in turn, as measures see them."""
+        offset = self.offset
+        for number, batch in enumerate(self.batches):
+            rows = Rows(batch, number, offset, self._limits)
+            offset += rows.sequences
+            yield rows
+
+    @cached_property
+    def _limits(self) -> Any:
+        """The keys of all sequences, in order: by them a sample is chosen."""
+        return np.sort(np.concatenate([sequence_keys(b) for b in self.batches]))
 
     @contextmanager
     def ablate(self, sites: Iterable[str]) -> Iterator[None]:
@@ -166,63 +214,46 @@ class Lab:
         return float(sums.sum() / counts.sum())
 
 
-def real(batch: Batch) -> Tensor:
-    """Which positions [batch, tokens] are no padding."""
-    mask = batch.get("attention_mask")
-    return mask.bool() if mask is not None else torch.ones_like(batch["input_ids"], dtype=torch.bool)
+def sample_of(text: Tensor | Sequence[Batch]) -> dict[str, Tensor] | None:
+    """What an anatomy is found by: one sequence of a text of other inputs than ids; None for ids."""
+    if isinstance(text, Tensor) or not text or "input_ids" in text[0]:
+        return None
+    return {k: v[:1] for k, v in text[0].items() if k not in ASIDE}
+
+
+def predicts(model: nn.Module) -> bool:
+    """Whether a model's output is a distribution of the next token at each position."""
+    can = getattr(model, "can_generate", None)
+    return bool(can()) if callable(can) else True
+
+
+def decoder(anatomy: Anatomy) -> Callable[[Tensor], Tensor]:
+    """A function from states [n, width] behind the last block to logits [n, vocabulary], float32: last norm and head.
+
+    It raises UnsupportedError for models of several stacks, and for those that predict no tokens.
+    """
+    if len(anatomy.stacks) != 1:
+        raise UnsupportedError(f"states can be decoded of one stack, not of {len(anatomy.stacks)}", where="decode")
+    if not predicts(anatomy.model):
+        raise UnsupportedError("the model has no head that predicts tokens", where="decode")
+
+    @torch.no_grad()
+    def decode(states: Tensor) -> Tensor:
+        parameter = next(anatomy.model.parameters())
+        given = states.to(parameter.device, parameter.dtype)
+        given = torch.cat([given, given[-1:]]) if len(given) < 2 else given
+        ids = torch.zeros(1, len(given), dtype=torch.long, device=parameter.device)
+        with shorted(anatomy.model, anatomy.stacks[0], lambda: given.unsqueeze(0)):
+            out = anatomy.model(input_ids=ids)
+        return getattr(out, "logits", out)[0, : len(states)].float()
+
+    return decode
 
 
 def sequence_losses(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     """Sums in nats and counts of next-token losses, float64 [batch]; padding neither predicts nor counts."""
-    ids, mask = batch["input_ids"], real(batch).to(logits.device)
-    valid = mask[:, 1:] & mask[:, :-1]
-    per_token = nll(logits[:, :-1], ids[:, 1:]).double() * valid
+    per_token, valid = token_losses(logits, batch)
     return per_token.sum(1), valid.sum(1).double()
-
-
-def _feeder(anatomy: Anatomy, batch: Batch, tallies: Sequence[Tally]) -> Callable[..., None]:
-    mask = real(batch)
-    full = bool(mask.all())
-    sequence = torch.arange(len(mask)).unsqueeze(1).expand_as(mask)[mask]
-
-    def strip(states: Tensor) -> Tensor:
-        return states.flatten(0, 1) if full else states[mask.to(states.device)]
-
-    def feed(block: Block, entering: Tensor, branches: Mapping[str, Tensor], leaving: Tensor) -> None:
-        ids = sequence.to(entering.device)
-        if not block.plain:
-            for site, taps in _in_course(anatomy, block, entering, branches, leaving, strip, (ids, len(mask))):
-                for tally in tallies:
-                    tally.add(site, taps)
-            return
-        added = [strip(branches[x.site.id]) for x in block.branches]
-        streams = Streams(strip(entering), added, strip(leaving))
-        whole = SharedTaps(streams, [0], range(1, len(added) + 1), ids, len(mask))
-        for tally in tallies:
-            tally.add(block.site, whole)
-        for place, branch in enumerate(block.branches):
-            taps = SharedTaps(streams, [0, *(r + 1 for r in branch.reads)], [place + 1], ids, len(mask))
-            for tally in tallies:
-                tally.add(branch.site, taps)
-
-    return feed
-
-
-def _in_course(
-    anatomy: Anatomy,
-    block: Block,
-    entering: Tensor,
-    branches: Mapping[str, Tensor],
-    leaving: Tensor,
-    strip: Callable[[Tensor], Tensor],
-    sequences: tuple[Tensor, int],
-) -> Iterator[tuple[Site, Taps]]:
-    """The taps of a block that does more to its stream than add to it: each branch with the stream that it joins."""
-    course = block.course(anatomy.model.get_submodule(block.path), entering, branches)
-    yield block.site, Taps(strip(entering), strip(leaving - entering), *sequences, out=strip(leaving))
-    for stream, branch in zip(course, block.branches, strict=False):
-        added = branches.get(branch.site.id)
-        yield branch.site, Taps(strip(stream), strip(torch.zeros_like(stream) if added is None else added), *sequences)
 
 
 def wanted(kinds: Sequence[Kind], kind: Kind) -> bool:

@@ -6,7 +6,7 @@ import contextlib
 import errno
 import importlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -48,13 +48,21 @@ def load(
     device: str = "cpu",
     trust_remote_code: bool = False,
     tokenizer: Any = None,
+    streamed: bool = False,
+    any_kind: bool = False,
 ) -> Loaded:
-    """Load a causal language model and its tokenizer, in evaluation mode.
+    """Load a causal language model and its tokenizer, in evaluation mode; with `any_kind` also models of other kinds.
+
+    `streamed`: a folder's weights stay on disk, and each block's are read when it runs.
 
     `dtype` is `auto` (bfloat16 where the device computes it fast, else float32), `float32` or `bfloat16`;
     a module in memory keeps its own. Raises InputError or UnsupportedError, one line, for anything amiss;
     a checkpoint with missing, unexpected or mismatched weights is refused, never filled at random.
     """
+    if streamed and (isinstance(spec, nn.Module) or resolve(str(spec))[0] == "gguf"):
+        hint = "give a Hugging Face folder of safetensors"
+        where = type(spec).__name__ if isinstance(spec, nn.Module) else spec
+        raise InputError("only a checkpoint folder can be streamed", where=where, hint=hint)
     if isinstance(spec, nn.Module):
         return _memory(spec, _tokenizer(tokenizer))
     kind = choose_dtype(dtype, device)
@@ -67,7 +75,8 @@ def load(
     else:
         if origin == "hub":
             path = download(str(spec), code=trust_remote_code)
-        model, mark = load_folder(path, dtype=kind, trust_remote_code=trust_remote_code)
+        given: dict[str, Any] = {"dtype": kind, "trust_remote_code": trust_remote_code, "any_kind": any_kind}
+        model, mark = (streamed_folder if streamed else load_folder)(path, **given)
         found = load_tokenizer(path, trust_remote_code=trust_remote_code) if tokenizer is None else None
     chosen = _tokenizer(tokenizer) if tokenizer is not None else found
     with _clear(f"can't use the device {device!r}"):
@@ -123,26 +132,54 @@ def cpu_has_bfloat16() -> bool:
     return any(probe() for name in probes if (probe := getattr(torch.cpu, name, None)))
 
 
-def load_folder(path: Path, *, dtype: torch.dtype, trust_remote_code: bool = False) -> tuple[nn.Module, str]:
+def load_folder(
+    path: Path, *, dtype: torch.dtype, trust_remote_code: bool = False, any_kind: bool = False
+) -> tuple[nn.Module, str]:
     """The model of a Hugging Face folder and its fingerprint, over config.json and the weights."""
-    check_config(read_config(path), path, trust_remote_code=trust_remote_code)
+    config = read_config(path)
+    check_config(config, path, trust_remote_code=trust_remote_code, any_kind=any_kind)
     files = weight_files(path)
-    return load_weights(path, dtype=dtype, trust_remote_code=trust_remote_code), fingerprint(
-        path / "config.json", *files
-    )
+    kind = named_class(config) if any_kind else None
+    model = load_weights(path, dtype=dtype, trust_remote_code=trust_remote_code, kind=kind)
+    return model, fingerprint(path / "config.json", *files)
 
 
-def load_weights(path: Path, *, dtype: torch.dtype, trust_remote_code: bool = False, **extra: Any) -> nn.Module:
-    """`AutoModelForCausalLM.from_pretrained`, strict: weights and model must agree key by key."""
+def streamed_folder(
+    path: Path, *, dtype: torch.dtype, trust_remote_code: bool = False, any_kind: bool = False
+) -> tuple[nn.Module, str]:
+    """The same with the weights left on disk; the fingerprint is over config.json and the headers of the weights."""
+    from lamina.lab.checkpoint import check_safetensors
+    from lamina.lab.disk import open_streamed
+
+    check_config(read_config(path), path, trust_remote_code=trust_remote_code, any_kind=any_kind)
+    mark = fingerprint(path / "config.json", *(dict(check_safetensors(f)) for f in weight_files(path)))
+    return open_streamed(path, dtype=dtype, trust_remote_code=trust_remote_code), mark
+
+
+def named_class(config: Mapping[str, Any]) -> Any:
+    """The class of transformers that a config names, where it names one; else the auto class for causal LMs."""
+    import transformers
+
+    named = [str(a) for a in config.get("architectures") or ()]
+    found = next((c for a in named if (c := getattr(transformers, a, None)) is not None), None)
+    return found if found is not None else transformers.AutoModelForCausalLM
+
+
+def load_weights(
+    path: Path, *, dtype: torch.dtype, trust_remote_code: bool = False, kind: Any = None, **extra: Any
+) -> nn.Module:
+    """`from_pretrained` of a class (None: `AutoModelForCausalLM`), strict: weights and model must agree key by key."""
     from transformers import AutoModelForCausalLM
 
+    kind = kind or AutoModelForCausalLM
+    code = {"trust_remote_code": trust_remote_code} if kind is AutoModelForCausalLM else {}
     where = path / extra.get("gguf_file", "")
     with quiet(), _clear("transformers can't load this checkpoint", where):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = kind.from_pretrained(
             path,
             dtype=dtype,
             use_safetensors=True,
-            trust_remote_code=trust_remote_code,
+            **code,
             local_files_only=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they come back in `info`, and are refused below

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from lamina.lab.rows import Rows
+
+if TYPE_CHECKING:
+    from lamina.lab.attention import Attention
 
 PIECE = 256
 """Tokens that are worked on at once."""
@@ -20,6 +26,10 @@ class Taps:
     `entering` x, `added` f and `leaving` y = x + f have shape [tokens, width], in the model's own type; `sequence`
     [tokens] numbers each token's sequence within the batch (int64), `sequences` counts them. `gradient`
     [probes, tokens, width] is the loss's gradient with respect to f, where a measure asks for gradients.
+    `rows` knows the tokens themselves: ids, places, which of them a sample takes.
+    Of sublayers, where a tally wants it (see `lamina.lab.feed`): `inner` [tokens, features] is the input of the last
+    linear map, `inner_gradient` [probes, tokens, features] the gradient with respect to it; `attention` gives attention
+    weights; `weights` has of each parameter's name the parameter and the gradient of the summed loss over the batch.
     """
 
     entering: Tensor
@@ -28,6 +38,11 @@ class Taps:
     sequences: int
     gradient: Tensor | None = None
     out: Tensor | None = None
+    rows: Rows = field(default_factory=lambda: Rows({"input_ids": torch.zeros(1, 1, dtype=torch.long)}))
+    inner: Tensor | None = None
+    inner_gradient: Tensor | None = None
+    attention: Attention | None = None
+    weights: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict[str, tuple[Tensor, Tensor]])
 
     @cached_property
     def x(self) -> Tensor:
@@ -131,6 +146,7 @@ class SharedTaps(Taps):
     ) -> None:
         self.streams, self.before, self.own = streams, tuple(before), tuple(own)
         self.sequence, self.sequences = sequence, sequences
+        self.weights = {}
 
     @cached_property
     def entering(self) -> Tensor:

@@ -20,6 +20,8 @@ WIDTH = 13
 """The run of tokens by which overlap is checked (Brown et al., 2020, appendix C)."""
 SMALL_VOCABULARY = 1024
 """Below it tokens are bytes or characters, and four times as many make a run."""
+INPUT_ROWS = 4
+"""Rows of named inputs in one batch."""
 TOLERATED = 0.01
 """The share of held-out runs found in the calibration text above which a warning is given."""
 ENOUGH = 16
@@ -30,11 +32,13 @@ ENOUGH = 16
 class Tokens:
     """Blocks of token ids: `calibration` [n, length] and `heldout` [m, length], int64, without padding.
 
+    Or batches of a model's inputs by name, which serve for both (see `prepare_inputs`).
+
     `sources` names where each split comes from; `warnings` says what the user should know.
     """
 
-    calibration: torch.Tensor
-    heldout: torch.Tensor
+    calibration: Any
+    heldout: Any
     fingerprint: str
     sources: tuple[str, ...]
     warnings: tuple[str, ...]
@@ -84,6 +88,35 @@ def prepare(data: Data, tokenizer: Any, *, seed: int = 0) -> Tokens:
     mark = fingerprint(*(part for b in blocks for part in (list(b.shape), b.numpy().tobytes())))
     labels = tuple(f"{w.split}: {s.label}" for w, s in zip(wants, sources * (2 // len(sources)), strict=True))
     return Tokens(blocks[0], blocks[1], mark, labels, tuple(warnings))
+
+
+def prepare_inputs(data: Data) -> Tokens | None:
+    """Inputs of any kind of model from a safetensors file that holds them by name, batch first; None for other data.
+
+    A file that holds `input_ids` alone is text. Each row is a sequence; a model of images or sounds has one per row.
+    """
+    path = Path(data.calibration).expanduser()
+    if path.suffix != ".safetensors" or not path.is_file():
+        return None
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        named = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"can't read: {error}", where=path) from None
+    if set(named) <= {"input_ids"}:
+        return None
+    sizes = {len(t) if t.ndim else 0 for t in named.values()}
+    if len(sizes) != 1 or 0 in sizes:
+        raise InputError("every tensor must have one row per sequence, and as many as the others", where=path)
+    batches = tuple(
+        {k: v[i : i + INPUT_ROWS].contiguous() for k, v in named.items()}
+        for i in range(0, min(sizes.pop(), data.sequences), INPUT_ROWS)
+    )
+    mark = fingerprint(*(part for b in batches for k, v in sorted(b.items()) for part in (k, v.numpy().tobytes())))
+    label = f"calibration: {', '.join(sorted(named))} of {path}"
+    return Tokens(batches, batches, mark, (label,), ())
 
 
 def overlap(calibration: torch.Tensor, heldout: torch.Tensor, width: int = WIDTH) -> float:

@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-_PARTS = ("bootstrap", "moments", "divergence")
+_PARTS = ("bootstrap", "moments", "divergence", "jackknife")
 
 
 def __getattr__(name: str) -> Any:

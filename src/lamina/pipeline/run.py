@@ -59,6 +59,10 @@ class Run:
     tokenizer: Any = None
     progress: Progress = quiet
     say: Callable[[str], None] = lambda line: None
+    streamed: bool = False
+    """Whether the dense model is read block by block from disk, and never held."""
+    any_kind: bool = False
+    """Whether the dense model may be other than a causal language model, as it may for a survey."""
     built: bool = field(default=False, repr=False)
     """Whether the thinned model was made here, and not read back from `model/`."""
     _thinned: nn.Module | None = field(default=None, repr=False)
@@ -153,13 +157,30 @@ class Run:
         self.log(f"{name} begins")
         began = time.monotonic()
         try:
-            yield True
+            with self._alone():
+                yield True
         except Exception as error:
             if isinstance(error, LaminaError) or _errno(error) not in UNWRITABLE:
                 raise
             raise _unwritable(getattr(error, "filename", None) or self.folder, error) from error
         self._note(name, {"inputs": mark, **facts}, outputs)
         self.log(f"{name} done in {time.monotonic() - began:.1f} s")
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Inside, no other process works in the folder. Raises InputError where one does."""
+        try:
+            import fcntl
+        except ImportError:  # a system without such locks
+            yield
+            return
+        with (self.state / "lock").open("a", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                hint = "wait for it, or choose another --out"
+                raise InputError("another lamina is at work in this folder", where=self.folder, hint=hint) from None
+            yield
 
     def _note(self, name: str, facts: Mapping[str, Any], outputs: Sequence[str]) -> None:
         prints = {o: _print(self.folder / o) for o in outputs if (self.folder / o).exists()}
@@ -206,8 +227,9 @@ class Run:
         spec: Any = self.model if self.model is not None else r.model
         self.say(f"loading {r.model}")
         return load(
-            spec, dtype=r.dtype, device=r.device, trust_remote_code=r.trust_remote_code, tokenizer=self.tokenizer
-        )
+            spec, dtype=r.dtype, device=r.device, trust_remote_code=r.trust_remote_code, tokenizer=self.tokenizer,
+            streamed=self.streamed, any_kind=self.any_kind,
+        )  # fmt: skip
 
     @property
     def ref(self) -> ModelRef:
@@ -217,9 +239,11 @@ class Run:
     @cached_property
     def tokens(self) -> Tokens:
         """Calibration and held-out blocks."""
-        from lamina.lab.texts import prepare
+        from lamina.lab.texts import prepare, prepare_inputs
         from lamina.pipeline.checks import check_length
 
+        if (given := prepare_inputs(self.recipe.data)) is not None:
+            return given
         check_length(self.recipe, self.loaded.model)
         tokens = prepare(self.recipe.data, self.loaded.tokenizer, seed=self.recipe.seed)
         for warning in tokens.warnings:
@@ -231,8 +255,9 @@ class Run:
     def anatomy(self) -> Anatomy:
         """The dense model's anatomy, certified."""
         from lamina.anatomy import Anatomy
+        from lamina.lab.lab import sample_of
 
-        anatomy = Anatomy.of(self.loaded.model)
+        anatomy = Anatomy.of(self.loaded.model, sample_of(self.tokens.calibration))
         certificate = anatomy.certify()
         self.log(f"anatomy certified: worst error {certificate.worst:.1e} of {certificate.tolerance:.0e}")
         return anatomy

@@ -13,34 +13,43 @@ from lamina.core import registry
 from lamina.core.documents import Budget, Evidence, EvidenceFile, Plan, Receipt, Receipts, Step, plain
 from lamina.core.errors import InputError
 from lamina.core.files import atomic, fingerprint, sweep
-from lamina.core.papers import Need
+from lamina.core.papers import Need, Status
+from lamina.core.sites import SUBLAYERS, Kind
 from lamina.pipeline.checks import check, fitting, seeded
 from lamina.pipeline.run import Run
+from lamina.pipeline.scoring import Desk, How
+from lamina.pipeline.table import PARTS, SURVEY, write_parts, write_survey
 
 if TYPE_CHECKING:
-    from lamina.core.scores import Scores
     from lamina.lab import Lab
 
 
-def survey(run: Run, measures: Sequence[str] | None = None) -> None:
+def survey(run: Run, measures: Sequence[str] | None = None, how: How | None = None) -> None:
     """Score every block and sublayer: the recipe's measure and all that share its pass, or those named.
 
-    A survey that is there already and holds the recipe's measure is kept, whatever else it holds.
+    A survey that is there already and holds the recipe's measure is kept, whatever else it holds. Measures that the run
+    has been surveyed by before on the same text are kept and not run again.
     """
+    how = how or How()
     names = list(measures) if measures is not None else _measures(run)
-    with run.verb("survey", _surveyed(run, names), ["survey.parquet"], measures=names) as work:
+    outputs = [SURVEY, *([PARTS] if how.compare else [])]
+    asked = {"compare": how.compare, "shards": how.shards if how.compare else 0}
+    with run.verb(
+        "survey", [*_surveyed(run, names), *([asked] if how.compare else [])], outputs, measures=names
+    ) as work:
         if work:
-            from lamina.pipeline.table import write_survey
-
             lab = run.lab()
             for site in run.recipe.budget.protect:
                 lab.anatomy.site(site)
             run.say(f"surveying {len(lab.anatomy.sites)} sites by {', '.join(names)}")
-            scores = score(lab, {n: registry.MEASURES.make(n, _options(run, n)) for n in names})
+            made = [registry.MEASURES.make(n, _options(run, n)) for n in names]
+            desk = Desk(run, lab, dict(zip(names, made, strict=True)), {n: _options(run, n) for n in names}, how)
+            found = desk.make()
             write_survey(
-                run.path("survey.parquet"), scores, lab.anatomy,
+                run.path(SURVEY), found.scores, lab.anatomy,
                 tokens=lab.tokens, seed=run.recipe.seed, fingerprint=run.loaded.fingerprint,
             )  # fmt: skip
+            write_parts(run.path(PARTS), found.parts)
             run.log(f"survey: {lab.passes:.2f} forward-equivalents over {lab.tokens} tokens")
 
 
@@ -50,24 +59,17 @@ def _surveyed(run: Run, names: Sequence[str]) -> list[object]:
     return [run.loaded.fingerprint, run.tokens.fingerprint, list(names), options, run.recipe.dtype, run.recipe.seed]
 
 
-def score(lab: Lab, measures: dict[str, Any]) -> list[Scores]:
-    """All measures' scores; those that can share one pass do."""
-    streaming = {n: m for n, m in measures.items() if hasattr(m, "tally")}
-    shared = (
-        dict(zip(streaming, lab.stream([m.tally(lab.anatomy) for m in streaming.values()]), strict=True))
-        if streaming
-        else {}
-    )
-    return [shared[n] if n in shared else m.measure(lab) for n, m in measures.items()]
-
-
 def _measures(run: Run) -> list[str]:
-    """What the recipe needs, and all that costs no more than one pass; or the measures of the survey that is there."""
+    """What the recipe needs, and the stable measures of blocks and sublayers that share one forward; or the measures of
+    the survey that is there.
+    """
     wanted = registry.row(run.recipe.name).measure
     kept = [n for n in (run.noted("survey") or {}).get("measures", []) if n in registry.MEASURES]
     if (not wanted or wanted in kept) and run.done("survey", fingerprint(*_surveyed(run, kept)), ["survey.parquet"]):
         return kept
-    cheap = [n for n in registry.MEASURES if registry.MEASURES.card(n).needs <= Need.FORWARD]
+    cards = [registry.MEASURES.card(n) for n in registry.MEASURES]
+    usual = [c for c in cards if c.needs is Need.FORWARD and c.status is Status.STABLE]
+    cheap = [c.name for c in usual if set(c.on) <= SUBLAYERS | {Kind.BLOCK}]
     return [*([wanted] if wanted and wanted not in cheap else []), *cheap]
 
 

@@ -12,7 +12,7 @@ from lamina.core.files import to_yaml, write_text
 from lamina.core.sites import depth_key
 from lamina.report import charts, facts, methods, strip
 from lamina.report.numbers import DASH, count, data, macs, percent, significant
-from lamina.report.read import Run, Survey, read_run
+from lamina.report.read import Run, SiteScores, read_run
 from lamina.report.svg import DARK, LIGHT, palette_css
 
 HERE = Path(__file__).parent
@@ -99,7 +99,7 @@ def css() -> Markup:
 
 def score_table(run: Run) -> tuple[list[str], list[tuple[str, list[str], str, str]]]:
     """Every site with its scores, its costs and its fate: the strip for those who can't hover."""
-    survey = run.survey or Survey()
+    survey = run.survey or SiteScores()
     marks = strip.Marks.of(run.plan)
     sites = sorted(survey.kinds, key=depth_key)
     rows: list[tuple[str, list[str], str, str]] = []
@@ -114,7 +114,7 @@ def score_table(run: Run) -> tuple[list[str], list[tuple[str, list[str], str, st
     return [*heads, "parameters", "MACs", "KV"], rows
 
 
-def _score(survey: Survey, measure: str, site: str) -> str:
+def _score(survey: SiteScores, measure: str, site: str) -> str:
     score = survey.scores[measure].get(site)
     if score is None:
         return "–"

@@ -53,7 +53,7 @@ class Score:
 
 
 @dataclass
-class Survey:
+class SiteScores:
     """`survey.parquet`, blocks and sublayers only: measure → site → score, and what each site costs."""
 
     scores: dict[str, dict[str, Score]] = field(default_factory=dict[str, dict[str, Score]])
@@ -74,7 +74,7 @@ class Run:
     folder: Path
     recipe: Recipe | None
     plan: Plan | None
-    survey: Survey | None
+    survey: SiteScores | None
     receipts: Receipts | None
     evidence: EvidenceFile | None
     published: bool
@@ -111,13 +111,16 @@ def read_run(folder: Path) -> Run:
     )
 
 
-def read_survey(path: Path) -> Survey:
+def read_survey(path: Path) -> SiteScores:
     """Scores of blocks and sublayers; several units of one site become their mean."""
     table = _columns(path)
-    survey = Survey(about={name: tuple(dict.fromkeys(table[name])) for name in ABOUT})
+    survey = SiteScores(about={name: tuple(dict.fromkeys(table[name])) for name in ABOUT})
     values: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    for site, kind, _, measure, value, stderr, scale, *cost in zip(*(table[c] for c in COLUMNS), strict=True):
-        if kind not in SHOWN or Place.of(site) is None:
+    spans = table.get("span", [1] * len(table["site"]))
+    for span, site, kind, _, measure, value, stderr, scale, *cost in zip(
+        spans, *(table[c] for c in COLUMNS), strict=True
+    ):
+        if kind not in SHOWN or Place.of(site) is None or span != 1:
             continue
         values.setdefault((measure, site), []).append((_number(value), _number(stderr)))
         survey.scales.setdefault(measure, scale or "")

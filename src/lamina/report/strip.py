@@ -14,7 +14,7 @@ from markupsafe import Markup
 from lamina.core.documents import Plan
 from lamina.core.sites import Kind, depth_key
 from lamina.report.numbers import count, data, macs, significant
-from lamina.report.read import Place, Run, Score, Survey
+from lamina.report.read import Place, Run, Score, SiteScores
 from lamina.report.svg import LEVELS, Scale, el, join, line, text
 
 FAMILIES = (
@@ -107,13 +107,13 @@ LARGE, SMALL = _Look(cell=28, drawer=23), _Look(cell=13, drawer=0, gap=2, top=15
 def panels(run: Run, measure: str) -> list[Panel]:
     """The strip of `measure`, then one small multiple per other measure. Without a survey: the plan alone."""
     marks = Marks.of(run.plan)
-    survey = run.survey or Survey()
+    survey = run.survey or SiteScores()
     order = [measure, *(m for m in survey.scores if m != measure)]
     drawn = (_panel(survey, name, marks, main=i == 0) for i, name in enumerate(order))
     return [panel for panel in drawn if panel.stacks]
 
 
-def _panel(survey: Survey, measure: str, marks: Marks, *, main: bool) -> Panel:
+def _panel(survey: SiteScores, measure: str, marks: Marks, *, main: bool) -> Panel:
     scores = survey.scores.get(measure, {})
     scale = Scale.of([s.value for s in scores.values()]) if scores else None
     places = _places(survey, scores, marks, main=main)
@@ -139,7 +139,7 @@ def _unit(unit: str, scale: Scale | None) -> str:
     return ", ".join(part for part in (f"in {unit}" if unit else "", how) if part)
 
 
-def _places(survey: Survey, scores: Mapping[str, Score], marks: Marks, *, main: bool) -> dict[str, Place]:
+def _places(survey: SiteScores, scores: Mapping[str, Score], marks: Marks, *, main: bool) -> dict[str, Place]:
     """The cells of a panel: what the measure scores; in the main panel also what the plan touches."""
     shown = {p.kind for p in map(Place.of, scores) if p}
     if main:
@@ -154,7 +154,7 @@ def _places(survey: Survey, scores: Mapping[str, Score], marks: Marks, *, main: 
 class _Pen:
     """Draws one panel."""
 
-    survey: Survey
+    survey: SiteScores
     measure: str
     scores: Mapping[str, Score]
     scale: Scale | None

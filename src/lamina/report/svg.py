@@ -50,10 +50,11 @@ def line(x1: float, y1: float, x2: float, y2: float, class_: str) -> Markup:
 
 def palette_css(stops: Sequence[str]) -> str:
     """CSS rules `.q0{fill:…}` for the whole palette."""
-    return "".join(f".q{i}{{fill:{_mix(stops, i / (LEVELS - 1))}}}" for i in range(LEVELS))
+    return "".join(f".q{i}{{fill:{mix(stops, i / (LEVELS - 1))}}}" for i in range(LEVELS))
 
 
-def _mix(stops: Sequence[str], at: float) -> str:
+def mix(stops: Sequence[str], at: float) -> str:
+    """The colour at a place in 0 … 1 of a palette."""
     place = at * (len(stops) - 1)
     left = min(int(place), len(stops) - 2)
     pair = [[int(stop[i : i + 2], 16) for i in (1, 3, 5)] for stop in stops[left : left + 2]]

@@ -14,6 +14,8 @@ from lamina.core.registry import ROLES
 from lamina.core.scores import Scores
 from lamina.core.sites import SUBLAYERS, Kind
 from lamina.lab import Lab
+from lamina.lab.feed import feeding
+from lamina.lab.passes import finished, tallied
 from lamina.testing.bench import expect_close, expect_same, lab, lab_on, mixed, picture, rows
 from lamina.testing.models import padded
 from lamina.testing.suite import card_of, check, expect, made, run_checks
@@ -102,8 +104,10 @@ def check_scores_what_its_card_declares(method: Any) -> None:
     card = card_of(method)
     for name in ("llama", "mixtral"):
         bench = lab(name)
-        wanted = {s.id for s in bench.anatomy.sites if mixed(card.on, s.kind)}
-        scored = set(_measured(method, bench).values)
+        wanted = {s.id for s in bench.anatomy.of_kind(*(card.on or tuple(Kind)))}
+        scores = _measured(method, bench)
+        scored = set(scores.values)
+        wanted -= {s for s in wanted if s in scores.missing or bench.anatomy.site(s).kind in scores.missing}
         expect(scored <= wanted, f"on {name}, scores what its card does not declare: {sorted(scored - wanted)}")
         expect(wanted <= scored, f"on {name}, leaves out {sorted(wanted - scored)}")
 
@@ -166,9 +170,12 @@ def _parts(count: int) -> tuple[Lab, list[Tensor]]:
 
 
 def _tallied(method: Any, bench: Lab, text: Tensor) -> Any:
-    tally = made(method).tally(bench.anatomy)
-    bench.on(text, batch_size=2).stream([tally])
-    return tally
+    measure = made(method)
+    return tallied(bench.on(text, batch_size=2), {"": measure})[""]
+
+
+def _whole(method: Any, bench: Lab, tally: Any) -> Scores:
+    return finished(bench, made(method), tally)
 
 
 @check("measure", _streams)
@@ -176,21 +183,23 @@ def check_tally_merges(method: Any) -> None:
     """Tallies of parts add up to the tally of the whole, in any order; merging changes neither part."""
     bench, parts = _parts(4)
     a, b, c, d = (_tallied(method, bench, p) for p in parts)
-    whole = _tallied(method, bench, torch.cat(parts)).scores()
-    alone = a.scores()
+    everything = bench.on(torch.cat(parts), batch_size=2)
+    whole = _whole(method, everything, _tallied(method, bench, torch.cat(parts)))
+    first = bench.on(parts[0], batch_size=2)
+    alone = _whole(method, first, a)
     ways = {
         "((a b) c) d": a.merge(b).merge(c).merge(d),
         "a (b (c d))": a.merge(b.merge(c.merge(d))),
         "(d c) (b a)": d.merge(c).merge(b.merge(a)),
     }
     for way, tally in ways.items():
-        found = tally.scores()
+        found = _whole(method, everything, tally)
         expect_close(found, whole, 1e-10, f"the tally {way} against the tally of the whole")
         for site, error in whole.stderr.items():
             same = np.allclose(found.stderr[site], error, rtol=1e-6, atol=1e-12, equal_nan=True)
             expect(same, f"the error of {way} at {site} is {found.stderr[site]}, not {error}")
-    expect_close(a.scores(), alone, 0.0, "a tally after it was merged against itself before")
-    empty = made(method).tally(bench.anatomy).merge(a).scores()
+    expect_close(_whole(method, first, a), alone, 0.0, "a tally after it was merged against itself before")
+    empty = _whole(method, first, made(method).tally(bench.anatomy).merge(a))
     expect_close(empty, alone, 1e-12, "an empty tally merged with a part against the part")
 
 
@@ -200,10 +209,27 @@ def check_streaming_measure_agrees_with_measure(method: Any) -> None:
     bench = lab()
     alone = _measured(method, bench)
     other = lab()
-    tallies = [made(method).tally(other.anatomy) for _ in range(2)]
-    for found in other.stream(tallies):
-        expect_close(found, alone, 1e-12, "the shared pass against the measure's own")
-    expect(other.counts.blocks == other.tokens * other.depth, "a pass that tallies share is one pass")
+    shared = tallied(other, {"one": made(method), "other": made(method)})
+    if card_of(method).needs is Need.FORWARD:
+        expect(other.counts.blocks == other.tokens * other.depth, "a pass that tallies share is one pass")
+    for tally in shared.values():
+        expect_close(_whole(method, other, tally), alone, 1e-12, "the shared pass against the measure's own")
+
+
+@check("measure", _streams)
+def check_order_of_batches_and_blocks_does_not_count(method: Any) -> None:
+    """All blocks of a batch and then the next, or all batches at a block and then the next: the same scores."""
+    if card_of(method).needs is not Need.FORWARD:
+        return
+    bench = lab(batch_size=2)
+    across = made(method).tally(bench.anatomy)
+    for block in (b for k in bench.anatomy.stacks for b in k.blocks):
+        for rows in bench.rows():
+            with torch.no_grad(), feeding(bench.anatomy, rows, [across], only=block):
+                bench.forward(rows.batch, head=False)
+    expect_close(
+        _whole(method, bench, across), _measured(method, bench), 1e-12, "block by block against batch by batch"
+    )
 
 
 @check("measure")
@@ -214,7 +240,7 @@ def check_needs_are_honest(method: Any) -> None:
     one = bench.tokens * bench.depth
     if needs is Need.NOTHING:
         expect(bench.counts.blocks == 0, f"declares no need and evaluates {bench.counts.blocks / one:.2f} passes")
-    if needs is Need.FORWARD or hasattr(method, "tally"):
+    if needs is Need.FORWARD:
         expect(bench.counts.blocks <= one, f"declares one forward and takes {bench.counts.blocks / one:.2f}")
     if needs < Need.GRADIENT:
         expect(bench.counts.backwards == 0, "declares no gradients and takes them")

@@ -40,7 +40,7 @@ class Angular:
 
     def tally(self, anatomy: Anatomy) -> Angles:
         """A tally that compares the last tokens' states of all depths of a batch."""
-        return Angles(self.card.name, [b.site.id for k in anatomy.stacks for b in k.blocks])
+        return Angles(self.card.name, [[b.site.id for b in k.blocks] for k in anatomy.stacks])
 
     def measure(self, lab: Lab) -> Scores:
         """One forward over the text."""
@@ -48,31 +48,32 @@ class Angular:
 
 
 class Angles:
-    """Means over sequences of the angle between the streams before block i and after block i + n - 1."""
+    """Means over sequences of the angle between the streams before block i and after block i + n - 1 of a stack."""
 
-    def __init__(self, measure: str, blocks: list[str]) -> None:
-        self.measure, self.blocks = measure, blocks
+    def __init__(self, measure: str, stacks: list[list[str]]) -> None:
+        self.measure, self.stacks = measure, stacks
         self.means: dict[str, Mean] = {}
-        self._states: list[Tensor] = []
+        self._states: dict[tuple[int, int], list[Tensor]] = {}
 
     def add(self, site: Site, taps: Taps) -> None:
-        """Note the last tokens before each block; compare when the last block has come."""
+        """Note the last tokens before each block; compare when a stack's last block has come."""
         if site.kind is not Kind.BLOCK:
             return
-        if not self._states:
-            self._states.append(taps.x[taps.last].double())
-        self._states.append(taps.leaving[taps.last].double())
-        if len(self._states) > len(self.blocks):
-            self._compare()
-            self._states = []
+        stack = next(n for n, blocks in enumerate(self.stacks) if site.id in blocks)
+        met = self._states.setdefault((taps.rows.number, stack), [])
+        if not met:
+            met.append(taps.x[taps.last].double())
+        met.append(taps.leaving[taps.last].double())
+        if len(met) > len(self.stacks[stack]):
+            self._compare(self.stacks[stack], self._states.pop((taps.rows.number, stack)))
 
-    def _compare(self) -> None:
+    def _compare(self, blocks: list[str], met: list[Tensor]) -> None:
         import torch
 
         from lamina.maths.moments import Mean
 
-        states = torch.nn.functional.normalize(torch.stack(self._states), dim=-1)
-        for first, block in enumerate(self.blocks):
+        states = torch.nn.functional.normalize(torch.stack(met), dim=-1)
+        for first, block in enumerate(blocks):
             cosines = (states[first] * states[first + 1 :]).sum(-1).clamp(-1, 1)
             angles = (torch.arccos(cosines) / math.pi).T
             self.means.setdefault(block, Mean()).add(angles.cpu().numpy(), torch.ones(len(angles)).numpy())
@@ -81,7 +82,7 @@ class Angles:
         """The tally of both parts."""
         from lamina.maths.moments import Mean
 
-        both = type(self)(self.measure, self.blocks)
+        both = type(self)(self.measure, self.stacks)
         for key in {**self.means, **other.means}:
             both.means[key] = self.means.get(key, Mean()).merge(other.means.get(key, Mean()))
         return both

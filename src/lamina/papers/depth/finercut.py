@@ -7,14 +7,17 @@ from typing import TYPE_CHECKING, ClassVar
 
 from lamina.core.documents import Step
 from lamina.core.papers import Card, Need, Paper
-from lamina.core.registry import planner, recipe
+from lamina.core.registry import measure, planner, recipe
 from lamina.core.sites import SUBLAYERS, Kind
 
 if TYPE_CHECKING:
     from lamina.anatomy import Anatomy
     from lamina.core.documents import Budget
     from lamina.core.scores import Scores
+    from lamina.lab import Lab
     from lamina.lab.bench import Bench
+    from lamina.lab.per_trial import PerTrial, Sums
+    from lamina.lab.trials import Trial
 
 PAPER = Paper(
     key="zhang2024finercut",
@@ -89,6 +92,53 @@ class FinerCut:
         blocks = anatomy.of_kind(Kind.BLOCK)
         first = blocks[: int(len(blocks) * self.early) + 1]
         return anatomy.expand(s.id for s in first), int(len(anatomy.sublayers) * self.early) + 1
+
+
+METRICS = ("js-reversed", "js", "kl")
+
+
+@measure(
+    "output-divergence",
+    PAPER,
+    on=(Kind.BLOCK, *sorted(SUBLAYERS)),
+    needs=Need.ABLATION,
+    status="stable",
+    deviations=(
+        "the mean is over positions; the code divides by the vocabulary's size too, which changes no order",
+        "blocks are scored beside sublayers",
+    ),
+)
+@dataclass(frozen=True, kw_only=True)
+class OutputDivergence:
+    """Keep what changes the output distribution: its divergence without the site, all sites scored once.
+
+    `metric`: "js-reversed" (what the paper's code computes), "js" (the textbook's) or "kl"; nats per position.
+    """
+
+    card: ClassVar[Card]
+
+    metric: str = "js-reversed"
+
+    def __post_init__(self) -> None:
+        if self.metric not in METRICS:
+            raise ValueError(f"metric is one of {', '.join(METRICS)}, not {self.metric!r}")
+
+    def tally(self, anatomy: Anatomy) -> PerTrial:
+        """Means over positions, from the shared sweep."""
+        from lamina.lab.per_trial import OutputKL, PerTrial, expect_distributions, over_outputs
+        from lamina.maths import divergence
+
+        compare = {"js-reversed": divergence.js_reversed, "js": divergence.js}.get(self.metric)
+
+        def score(trial: Trial) -> Sums:
+            expect_distributions(trial)
+            return over_outputs(trial, compare)  # type: ignore[arg-type]
+
+        return PerTrial(self.card.name, self.card.on, OutputKL() if compare is None else score)
+
+    def measure(self, lab: Lab) -> Scores:
+        """One partial forward per block and sublayer."""
+        return lab.sweep([self.tally(lab.anatomy)])[0]
 
 
 recipe(

@@ -10,8 +10,10 @@ from lamina.core.registry import measure, recipe
 from lamina.core.sites import SUBLAYERS, Kind
 
 if TYPE_CHECKING:
+    from lamina.anatomy import Anatomy
     from lamina.core.scores import Scores
     from lamina.lab import Lab
+    from lamina.lab.per_trial import PerTrial
 
 PAPER = Paper(
     key="kim2024shortened",
@@ -35,29 +37,20 @@ PAPER = Paper(
 class LeaveOneOut:
     """The rise of the next-token loss, in nats, when the site alone is gone.
 
-    With prefix reuse, so half the block evaluations of the naive loop. `batch_size` sequences are run at once.
+    Where the model predicts no tokens, what its output suffers else (see `lamina.lab.objective`).
     """
 
     card: ClassVar[Card]
 
-    batch_size: int = 4
+    def tally(self, anatomy: Anatomy) -> PerTrial:
+        """Means over positions, from the shared sweep."""
+        from lamina.lab.per_trial import PerTrial, rise
+
+        return PerTrial(self.card.name, self.card.on, rise, unit="damage")
 
     def measure(self, lab: Lab) -> Scores:
-        """One partial forward per block and sublayer."""
-        import numpy as np
-
-        from lamina.core.scores import Scores
-        from lamina.lab import Judge
-
-        judge = Judge(lab, "loss", batch_size=self.batch_size)
-        judge.rebase(())
-        sites = [s for s in lab.anatomy.sites if s.kind in self.card.on]
-        values, errors = {}, {}
-        for done, site in enumerate(sites):
-            rise = judge.rises([site.id])
-            values[site.id], errors[site.id] = np.atleast_1d(rise.value), np.atleast_1d(rise.stderr)
-            lab.progress("leave one out", done + 1, len(sites))
-        return Scores(measure=self.card.name, values=values, stderr=errors, unit="nats")
+        """One partial forward per block and sublayer: half the block evaluations of the naive loop."""
+        return lab.sweep([self.tally(lab.anatomy)])[0]
 
 
 recipe(

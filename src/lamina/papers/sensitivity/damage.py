@@ -23,6 +23,7 @@ from lamina.core.sites import SUBLAYERS, Kind, Site
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lamina.anatomy import Anatomy
     from lamina.core.papers import Card
     from lamina.lab import Lab, Taps
     from lamina.lab.lab import Batch
@@ -77,6 +78,7 @@ class DamageTally:
 
     def __init__(self, measure: str, probes: str, chunk: int, window: int, kappa: float) -> None:
         self.settings = (measure, probes, chunk, window, kappa)
+        self.probes = PROBES[probes]
         self.parts: dict[str, Parts] = {}
 
     def add(self, site: Site, taps: Taps) -> None:
@@ -197,6 +199,20 @@ class Damage:
         if self.kappa is not None and self.kappa < 0:
             raise ValueError(f"kappa is at least 0, not {self.kappa}")
 
+    @property
+    def alone(self) -> bool:
+        """Whether it asks for a text or a seed of its own, and so for a pass of its own."""
+        return self.sequences is not None or self.seed is not None
+
+    def tally(self, anatomy: Anatomy) -> DamageTally:
+        """The sums behind the scores, under the κ that is given or usual."""
+        default = KAPPA[self.probes] if self.kappa is None else self.kappa
+        return DamageTally(self.card.name, self.probes, self.chunk, self.window, default)
+
+    def finish(self, lab: Lab, tally: DamageTally) -> Scores:
+        """Fit κ, where none is given, to a few ablations of late sublayers."""
+        return self.fitted(lab, tally).scores()
+
     def measure(self, lab: Lab) -> Scores:
         """One forward, one or two backwards, and to fit κ, a few ablations of late sublayers."""
         part = lab if self.sequences is None else lab.part(self.sequences, self.length)
@@ -206,10 +222,13 @@ class Damage:
         """The sums behind the scores, κ fitted."""
         from lamina.lab.gradients import stream_gradients
 
-        default = KAPPA[self.probes] if self.kappa is None else self.kappa
-        tally = DamageTally(self.card.name, self.probes, self.chunk, self.window, default)
-        stream_gradients(lab, [tally], probes=PROBES[self.probes], seed=self.seed)
-        return tally.at(fitted(lab, tally, default)) if self.kappa is None else tally
+        tally = self.tally(lab.anatomy)
+        stream_gradients(lab, [tally], seed=self.seed)
+        return self.fitted(lab, tally)
+
+    def fitted(self, lab: Lab, tally: DamageTally) -> DamageTally:
+        """The same sums under κ fitted to the lab's model, or the given κ."""
+        return tally.at(fitted(lab, tally, tally.settings[-1])) if self.kappa is None else tally
 
 
 def fitted(lab: Lab, tally: DamageTally, default: float) -> float:

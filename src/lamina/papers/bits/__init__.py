@@ -1,0 +1,1 @@
+"""Scores by which bits are given to layers."""

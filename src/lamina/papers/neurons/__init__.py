@@ -1,0 +1,1 @@
+"""Neurons of MLPs: what they say, and how many of them are distinct."""

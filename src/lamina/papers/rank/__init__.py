@@ -1,0 +1,1 @@
+"""Ranks that weights need: spectra of linear maps."""

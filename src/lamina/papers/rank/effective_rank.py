@@ -1,0 +1,138 @@
+"""D-Rank: the effective rank of a map on what it really gets, from the entropy of its whitened spectrum."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Self
+
+import numpy as np
+
+from lamina.core.papers import Card, Need, Paper
+from lamina.core.registry import measure
+from lamina.core.sites import Kind, Site
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+    from lamina.anatomy import Anatomy
+    from lamina.core.scores import Scores
+    from lamina.lab import Lab
+    from lamina.lab.taps import Taps
+
+PAPER = Paper(
+    key="mi2025drank",
+    title="Layer-wise dynamic rank for compressing large language models",
+    authors=("Zhendong Mi", "Bian Sun", "Grace Li Zhang", "Shaoyi Huang"),
+    year=2025,
+    arxiv="2509.25622",
+)
+
+
+@measure(
+    "effective-rank",
+    PAPER,
+    on=Kind.LINEAR,
+    needs=Need.FORWARD,
+    status="stable",
+    deviations=(
+        "every map is a group of its own; the paper joins maps of two neighbouring layers where keys are not shared",
+        "the spectrum comes from the second moment of the map's outputs, which has the same one: no Cholesky factor, "
+        "and none of the jitter that the code adds where the inputs' moment is singular",
+    ),
+)
+@dataclass(frozen=True, kw_only=True)
+class EffectiveRank:
+    """exp(-Σ p ln p), p the squared singular values of S W over their sum, SᵀS = XᵀX the moment of the map's inputs.
+
+    1 for a map of rank one, min(inputs, outputs) for a flat spectrum. The error is that of a jackknife over
+    `groups` groups of sequences, each with sums of its own; 1 saves their memory and time, and gives no error.
+    """
+
+    card: ClassVar[Card]
+    known_failures: ClassVar[Mapping[str, str]] = {
+        "check_errors_are_over_sequences": "a few groups of sequences tell the error roughly, and copies of a "
+        "sequence fall into the same group"
+    }
+
+    groups: int = 4
+
+    def __post_init__(self) -> None:
+        if self.groups < 1:
+            raise ValueError(f"groups must be at least 1, not {self.groups}")
+
+    def tally(self, anatomy: Anatomy) -> Moments:
+        """Second moments of all maps."""
+        return Moments(self.card.name, anatomy, self.groups)
+
+    def measure(self, lab: Lab) -> Scores:
+        """One forward over the text."""
+        return lab.stream([self.tally(lab.anatomy)])[0]
+
+
+class Moments:
+    """Sums of YᵀY [outputs, outputs], Y = X Wᵀ, or of XᵀX where a map has more outputs than inputs; float64.
+
+    Each group of sequences has its own; what a sequence holds decides on its group, so that parts of a text agree.
+    """
+
+    wants: ClassVar[frozenset[str]] = frozenset({"linears"})
+
+    def __init__(self, measure: str, anatomy: Anatomy, groups: int) -> None:
+        self.measure, self.anatomy, self.groups = measure, anatomy, groups
+        self.sums: dict[str, dict[int, Tensor]] = {}
+
+    def add(self, site: Site, taps: Taps) -> None:
+        """Take in one map on one batch."""
+        import torch
+
+        if site.kind is not Kind.LINEAR:
+            return
+        weight, seen = self.anatomy.weight(site).detach(), taps.x.double()
+        if weight.shape[0] <= weight.shape[1]:
+            seen = seen @ weight.double().T
+        groups = torch.from_numpy((taps.rows.owners % self.groups).astype(np.int64))
+        group = groups[taps.sequence.cpu()].to(seen.device)
+        held = self.sums.setdefault(site.id, {})
+        for number in group.unique().tolist():
+            own = seen[group == number]
+            held[number] = held.get(number, 0) + own.T @ own
+
+    def merge(self, other: Self) -> Self:
+        """The tally of both parts."""
+        both = type(self)(self.measure, self.anatomy, self.groups)
+        for part in (self, other):
+            for site, held in part.sums.items():
+                mine = both.sums.setdefault(site, {})
+                for number, moment in held.items():
+                    mine[number] = mine.get(number, 0) + moment
+        return both
+
+    def scores(self) -> Scores:
+        """Effective ranks so far, with a delete-a-group jackknife's errors (NaN for one group), [1] per site."""
+        from lamina.core.scores import Scores
+        from lamina.maths.jackknife import spread
+
+        values, errors, missing = {}, {}, {}
+        for site in self.anatomy.of_kind(Kind.LINEAR):
+            if site.id not in self.sums:
+                missing[site.id] = "its input was not seen"
+                continue
+            groups = [self.sums[site.id][g] for g in sorted(self.sums[site.id])]
+            whole, *left = self._ranks(self.anatomy.weight(site).detach(), groups)
+            values[site.id], errors[site.id] = np.array([whole]), np.atleast_1d(spread(np.array(left)[:, None]))
+        return Scores(measure=self.measure, values=values, stderr=errors, missing=missing)
+
+    def _ranks(self, weight: Tensor, groups: list[Tensor]) -> list[float]:
+        """The effective rank on all sequences, then with each group left out."""
+        import torch
+
+        from lamina.maths.spectra import effective_rank
+
+        whole = torch.stack(groups).sum(0)
+        moments = [whole, *(whole - g for g in groups)] if len(groups) > 1 else [whole]
+        if weight.shape[0] > weight.shape[1]:
+            factor = torch.linalg.qr(weight.double(), mode="r").R
+            moments = [factor @ m @ factor.T for m in moments]
+        return [effective_rank(torch.linalg.eigvalsh(m)) for m in moments]

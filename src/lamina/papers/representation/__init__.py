@@ -1,0 +1,1 @@
+"""What the stream holds at each depth, and how blocks change it."""

@@ -1,0 +1,237 @@
+"""Concept Depth: a linear probe at each depth tells where the model has come to know a concept."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import numpy as np
+
+from lamina.core.errors import InputError, UnsupportedError
+from lamina.core.papers import Card, Need, Paper
+from lamina.core.registry import measure
+from lamina.core.sites import Kind
+
+if TYPE_CHECKING:
+    from lamina.anatomy import Anatomy
+    from lamina.core.scores import Array, Grid, Scores
+    from lamina.core.sites import Site
+    from lamina.lab import Lab
+    from lamina.lab.sample import Sampled
+    from lamina.lab.sampled import Found
+    from lamina.lab.taps import Taps
+
+PAPER = Paper(
+    key="jin2025concept",
+    title="Exploring Concept Depth: How Large Language Models Acquire Knowledge and Concept at Different Layers?",
+    authors=(
+        "Mingyu Jin",
+        "Qinkai Yu",
+        "Jingyuan Huang",
+        "Qingcheng Zeng",
+        "Zhenting Wang",
+        "Wenyue Hua",
+        "Haiyan Zhao",
+        "Kai Mei",
+        "Yanda Meng",
+        "Kaize Ding",
+        "Fan Yang",
+        "Mengnan Du",
+        "Yongfeng Zhang",
+    ),
+    year=2025,
+    arxiv="2404.07066",
+)
+JUMP, STILL = 1.1, 0.03
+"""A rise of accuracy by this factor is a jump; one that changes it by less than that is none."""
+
+
+@measure(
+    "concept-probe",
+    PAPER,
+    on=Kind.BLOCK,
+    needs=Need.FORWARD,
+    deviations=(
+        "the concept is made from the text itself, unless batches name one; the paper has nine sets of labelled texts",
+        "states are the stream around blocks; the code probes the normed input of the MLP at the last token",
+        "whole sequences go to training or to the test, two fifths to the test; the code deals out texts at random",
+        "states are standardised and cut to their principal directions, for speed and so that the solver converges",
+        "a block is scored by the size of the step of the area under the curve: accuracy moves in coarse steps",
+    ),
+)
+@dataclass(frozen=True, kw_only=True)
+class ConceptProbe:
+    """Keep what makes a concept readable, or unreadable: |the step of a linear probe's AUC across the block|.
+
+    The concept is whether the next token is one of the text's commonest, as many as make up half of it; or, where
+    batches hold "concept" [batch] (int, two values), that of the sequence. The probe is a logistic regression on
+    `directions` principal directions, with at most `iterations` steps. Grids: `probe`, accuracy, F1 and AUC on test
+    sequences at all depths; `points`, depths as shares of the blocks: the first with accuracy 1.1 times the last
+    one's (jump), the last with a change below 3 % (converge), the first from which on all are (settle), the best
+    (peak); NaN where there is none. Needs scikit-learn.
+    """
+
+    card: ClassVar[Card]
+
+    sequences: int = 64
+    each: int = 8
+    directions: int = 64
+    iterations: int = 100
+
+    def __post_init__(self) -> None:
+        if self.directions < 1 or self.iterations < 1:
+            raise ValueError("directions and iterations must be at least 1")
+
+    def tally(self, anatomy: Anatomy) -> Concepts:
+        """A sample of tokens and how often each id follows; the probes are fitted in the end."""
+        _expect_sklearn()
+        return Concepts(self)
+
+    def measure(self, lab: Lab) -> Scores:
+        """One forward over the text."""
+        return lab.stream([self.tally(lab.anatomy)])[0]
+
+
+class Concepts:
+    """A sample of tokens, the counts of next ids in the whole text, and labels by a sequence's key."""
+
+    def __init__(self, options: ConceptProbe) -> None:
+        from lamina.lab.sample import TokenSample
+
+        self.options = options
+        self.sample = TokenSample(options.sequences, options.each)
+        self.counts: dict[int, int] = {}
+        self.labels: dict[int, int] = {}
+
+    def add(self, site: Site, taps: Taps) -> None:
+        """Take in one block on one batch."""
+        if site.kind is not Kind.BLOCK:
+            return
+        self.sample.add(site, taps)
+        rows = taps.rows
+        if site.block == 0 and rows.next_ids is not None:
+            ids, counts = np.unique(rows.next_ids.cpu().numpy(), return_counts=True)
+            for token, count in zip(ids[ids >= 0].tolist(), counts[ids >= 0].tolist(), strict=True):
+                self.counts[token] = self.counts.get(token, 0) + count
+        if "concept" in rows.batch:
+            chosen = np.unique(rows.sequence.numpy()[rows.picked(self.sample.sequences, self.sample.each).numpy()])
+            for row in chosen:
+                self.labels[int(rows.owners[row])] = int(rows.batch["concept"][row])
+
+    def merge(self, other: Self) -> Self:
+        """The tally of both parts."""
+        both = type(self)(self.options)
+        both.sample = self.sample.merge(other.sample)
+        both.counts = {k: self.counts.get(k, 0) + other.counts.get(k, 0) for k in {**self.counts, **other.counts}}
+        both.labels = {**self.labels, **other.labels}
+        return both
+
+    def scores(self) -> Scores:
+        """Probes at all depths. Raises UnsupportedError where there is no concept to probe."""
+        from lamina.lab.sampled import table
+
+        return table(self.options.card.name, self.sample.stacks(), self._found)
+
+    def _found(self, sampled: Sampled) -> Found:
+        from lamina.lab.sampled import Found, curves, kept
+
+        if self.labels:
+            by_rank = np.array([self.labels[k] for k in sorted(self.labels)])
+            labels = by_rank[sampled.owner]
+        elif sampled.next_ids is None:
+            raise UnsupportedError(
+                "positions are no tokens, so that text gives no concept", hint='give batches "concept"'
+            )
+        else:
+            follows = sampled.next_ids.numpy()
+            sampled = kept(sampled, follows >= 0)
+            labels = np.isin(follows[follows >= 0], common(self.counts)).astype(np.int64)
+        test = held_out(sampled.owner)
+        values = np.unique(labels)
+        if len(values) != 2 or any(len(np.unique(labels[part])) < 2 for part in (test, ~test)):
+            raise UnsupportedError("the probe needs both classes in training and test", hint="give it more sequences")
+        labels = (labels == values[1]).astype(np.int64)
+        marks = np.array(
+            [probe(s.numpy(), labels, test, self.options.directions, self.options.iterations) for s in sampled.states]
+        )
+        grid = curves(sampled.blocks, accuracy=marks[:, 0], f1=marks[:, 1], auc=marks[:, 2])
+        return Found(values=np.abs(np.diff(marks[:, 2])), grids={"probe": grid, "points": points(marks[:, 0])})
+
+
+def common(counts: dict[int, int]) -> np.ndarray:
+    """The commonest ids, as many as come nearest to half of all counts; of equals the lower id first."""
+    order = sorted(counts, key=lambda k: (-counts[k], k))
+    share = np.cumsum([counts[k] for k in order]) / max(sum(counts.values()), 1)
+    return np.array(order[: int(np.abs(share - 0.5).argmin()) + 1] if order else [], dtype=np.int64)
+
+
+def held_out(owners: np.ndarray) -> np.ndarray:
+    """Which rows [n] are for the test: of every five sequences the second and fourth; of one sequence, of its rows."""
+    numbers = owners if len(np.unique(owners)) > 1 else np.arange(len(owners))
+    return np.isin(numbers % 5, (1, 3))
+
+
+def probe(
+    states: np.ndarray, labels: np.ndarray, test: np.ndarray, directions: int, iterations: int
+) -> tuple[float, float, float]:
+    """Accuracy, F1 and area under the curve on the `test` rows of a logistic regression fitted to the others."""
+    import warnings
+
+    sklearn = _expect_sklearn()
+    features = reduced(states, test, directions)
+    model = sklearn.linear_model.LogisticRegression(max_iter=iterations)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a fit that is stopped early is still a probe
+        model.fit(features[~test], labels[~test])
+    chance, truth = model.predict_proba(features[test])[:, 1], labels[test]
+    guess = (chance > 0.5).astype(np.int64)
+    metrics = sklearn.metrics
+    f1 = metrics.f1_score(truth, guess, zero_division=0.0)
+    return float((guess == truth).mean()), float(f1), float(metrics.roc_auc_score(truth, chance))
+
+
+def reduced(states: np.ndarray, test: np.ndarray, directions: int) -> np.ndarray:
+    """States [n, width], standardised and on at most `directions` principal directions, all as of the training rows."""
+    import torch
+
+    x = states.astype(np.float64)
+    train = x[~test]
+    spread = train.std(0)
+    x = (x - train.mean(0)) / np.where(spread > 0, spread, 1.0) * (spread > 0)
+    given = torch.from_numpy(x)
+    fitted = given[torch.from_numpy(~test)]
+    values, vectors = torch.linalg.eigh(fitted @ fitted.T)
+    some = (values > 1e-9 * values[-1].clamp_min(1e-300)).nonzero().flatten()[-directions:]
+    return (given @ (fitted.T @ (vectors[:, some] / values[some].sqrt()))).numpy()
+
+
+def points(accuracy: Array) -> Grid:
+    """Jump, converging, settling and peak point of a curve [depths], as shares of the blocks."""
+    from lamina.core.scores import Grid
+
+    blocks = max(len(accuracy) - 1, 1)
+    change = np.divide(accuracy[1:], accuracy[:-1], out=np.full(len(accuracy) - 1, np.inf), where=accuracy[:-1] > 0)
+    jumps, still = np.flatnonzero(change >= JUMP) + 1, np.flatnonzero(np.abs(change - 1) < STILL) + 1
+    moving = np.flatnonzero(np.abs(change - 1) >= STILL) + 1
+    found = {
+        "jump": jumps[0] / blocks if len(jumps) else math.nan,
+        "converge": still[-1] / blocks if len(still) else math.nan,
+        "settle": (moving[-1] + 1) / blocks if len(moving) and moving[-1] < blocks else 1 / blocks,
+        "peak": accuracy.argmax() / blocks,
+    }
+    if len(moving) and moving[-1] == blocks:
+        found["settle"] = math.nan
+    return Grid(values=np.array([list(found.values())]), rows=("share of depth",), columns=tuple(found))
+
+
+def _expect_sklearn() -> Any:
+    """The package with the parts that are used. Raises InputError where it is missing."""
+    try:
+        import sklearn.linear_model
+        import sklearn.metrics
+    except ImportError:
+        raise InputError(
+            "scikit-learn is missing", where="concept-probe", hint="pip install 'lamina[probes]'"
+        ) from None
+    return sklearn

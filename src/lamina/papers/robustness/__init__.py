@@ -1,0 +1,1 @@
+"""Measures of what perturbed inputs do to each layer."""

@@ -1,0 +1,1 @@
+"""Width: which channels of a network's maps carry energy."""

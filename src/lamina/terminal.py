@@ -157,10 +157,12 @@ def print_survey(run: Run) -> None:
     console.print(str(run.path("survey.parquet")), markup=False)
 
 
-def print_compare(survey: Survey) -> None:
+def print_compare(run: Run | Survey) -> None:
     """How alike the measures rank the sites, and how stable each one's ranks are over texts and seeds."""
     from lamina.report.listing import agreement, stability
+    from lamina.report.survey import Survey
 
+    survey = run if isinstance(run, Survey) else Survey.open(run.folder)
     for listing in (*agreement(survey), *stability(survey)):
         _print_listing(listing)
 

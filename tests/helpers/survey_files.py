@@ -70,7 +70,7 @@ def many(folder: Path, *, measures: int = 8, depth: int = 12, seed: int = 0) -> 
                 scale = "nats" if n == 0 else ""
                 error = math.nan if n % 4 == 2 else 0.2 * abs(value)
                 rows.append(row(name, site, kind, value, stderr=error, scale=scale))
-                parts += [(name, site, 0, value + error * draw.normal(), "text", p) for p in range(3) if error == error]
+                parts += [(name, site, 0, value + error * draw.normal(), "text", p) for p in range(3) if n % 4 != 2]
                 parts += [(name, site, 0, value * (1 + 0.1 * draw.normal()), "seed", p) for p in range(2)]
     for kind, (owner, width) in UNITS.items():
         for b in range(depth):

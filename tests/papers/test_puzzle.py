@@ -90,5 +90,5 @@ def test_models_that_give_vectors_have_a_cosine_alone() -> None:
     lab = Lab(lively(transformers.BertModel(transformers.BertConfig(**sizes, vocab_size=99))), text(2, 8))
     assert set(measured(lab, "cosine").values) == {s.id for s in lab.anatomy.sites}
     for metric in ("kl", "loss"):
-        with pytest.raises(UnsupportedError, match="no (distributions|next tokens)"):
+        with pytest.raises(UnsupportedError, match=r"no (distributions|next tokens)"):
             measured(lab, metric)

@@ -157,6 +157,44 @@ def test_passes_of_one_module_are_tried_each() -> None:
             assert got[site] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), abs=2e-5), site
 
 
+def test_counts_say_what_really_ran(literal: ModuleType) -> None:
+    """Blocks are counted by hooks of one's own: a block that is passed over counts nowhere."""
+    model, ids = tiny("llama"), text(2, 6)
+    lab = Lab(model, ids)
+    runs = {"attention": 0, "mlp": 0}
+    handles = []
+    for layer in literal.layers(model, "llama"):
+        for word, part in (("attention", layer.self_attn.q_proj), ("mlp", layer.mlp.up_proj)):
+            handles.append(
+                part.register_forward_hook(lambda _, a, __, w=word: runs.update({w: runs[w] + a[0].shape[:2].numel()}))
+            )
+    before = lab.counts.blocks
+    measured(lab)
+    for handle in handles:
+        handle.remove()
+    assert max(runs.values()) <= lab.counts.blocks - before <= sum(runs.values())
+
+
+def test_padding_and_unequal_rows(literal: ModuleType) -> None:
+    """The mean is over predicted tokens: long rows count more."""
+    model = tiny("llama")
+    rows = [text(1, n, seed=n)[0] for n in (4, 11, 7)]
+    alone = [naive(model, "llama", r.unsqueeze(0), literal) for r in rows]
+    counts = np.array([len(r) - 1 for r in rows])
+    got = measured(Lab(model, padded(rows, 3)))
+    for site in got.values:
+        assert got[site] == pytest.approx(float(np.average([a[site] for a in alone], weights=counts)), abs=5 * NATS)
+
+
+def test_standard_error_is_over_sequences(literal: ModuleType) -> None:
+    model, ids = tiny("llama"), text(6, 10)
+    each = [naive(model, "llama", row.unsqueeze(0), literal) for row in ids]
+    got = measured(Lab(model, ids))
+    for site in got.values:
+        rises = [e[site] for e in each]
+        assert got.stderr[site] == pytest.approx(np.std(rises, ddof=1) / np.sqrt(len(rises)), rel=1e-3, abs=1e-6)
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_least_rises_go(seed: int, literal: ModuleType, rows: SimpleNamespace) -> None:
     model, ids = tiny("gpt2", seed=seed), text(3, 10)

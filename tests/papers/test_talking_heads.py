@@ -94,7 +94,9 @@ def test_the_map_of_values_and_its_components(name: str) -> None:
         assert got["v"].values[writer, reader] == pytest.approx(cs(a, b) if later else np.nan, abs=2e-6, nan_ok=True)
         u, s, vh = torch.linalg.svd(a)
         parts = [cs(s[i] * torch.outer(u[:, i], vh[i]), b) for i in range(SIZE)]
-        assert got["v component"].values[writer, reader] == pytest.approx(max(parts) if later else np.nan, abs=2e-5, nan_ok=True)
+        assert got["v component"].values[writer, reader] == pytest.approx(
+            max(parts) if later else np.nan, abs=2e-5, nan_ok=True
+        )
         energy = sum(float(s[i]) ** 2 * parts[i] ** 2 for i in range(SIZE)) * float(b.norm()) ** 2
         assert energy == pytest.approx(float((b @ a).norm()) ** 2)  # the card's identity
 

@@ -197,6 +197,9 @@ class Anatomy(UnitSites, LinearSites):
             nonlocal dtype
             dtype = leaving.dtype
             total = block.course(self.model.get_submodule(block.path), entering, branches)[-1]
+            if not bool(torch.isfinite(leaving).all()):
+                what = "the stream behind this block holds NaN or Inf on a few tokens of any kind"
+                raise CertificateError(what, where=block.site.id, hint="are its weights whole? try --dtype float32")
             error = (leaving.double() - total.double()).norm() / leaving.double().norm().clamp_min(1e-30)
             errors[block.site.id] = max(float(error), errors.get(block.site.id, 0.0))
 

@@ -137,7 +137,9 @@ def _row(path: Path, name: str, row: Any, data: int, stamp: tuple[int, int]) -> 
     for n in shape:
         count *= n
     if begin < data or end > stamp[0] or one.nbytes != count * dtype.itemsize:
-        what = f"corrupt: {name} takes {one.nbytes:,} bytes, but its shape {list(shape)} needs {count * dtype.itemsize:,}"
+        what = (
+            f"corrupt: {name} takes {one.nbytes:,} bytes, but its shape {list(shape)} needs {count * dtype.itemsize:,}"
+        )
         raise InputError(what, where=path, hint="copy or download it again")
     return one
 

@@ -119,10 +119,10 @@ class Weights:
         self.bytes = self.live = self.peak = 0
         self._empty: dict[torch.dtype, Tensor] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
-            if name in self._recipes and id(parameter) not in self._names:
+            if name in self._recipes and id(parameter) not in self._names and not is_light(parameter):
                 self._names[id(parameter)] = name
                 self._parameters[name] = parameter
-                parameter.numbers = lambda name=name: self._read([name])[name]  # type: ignore[attr-defined]
+                parameter.numbers = lambda name=name: self._one(name)[name]  # type: ignore[attr-defined]
                 recipe = self._recipes[name]
                 parameter.plain = recipe.sources[0] if recipe.plain else None  # type: ignore[attr-defined]
                 self._take(name)
@@ -164,9 +164,14 @@ class Weights:
         for source in dict.fromkeys(s for n in self.within(path) for s in self._recipes[n].sources):
             source.expect()
 
-    def release(self, inside: str = "") -> None:
+    def release(self, inside: str | None = None) -> None:
         """Let go of what an interrupted call left behind: all but what is held, and what modules around a path use."""
-        self._let_go([n for n, owner in self._owners.items() if owner != HELD and not f"{inside}.".startswith(owner)])
+
+        def left(owner: str) -> bool:
+            around = inside is not None and f".{inside}.".startswith(f".{owner}." if owner else ".")
+            return owner != HELD and not around
+
+        self._let_go([name for name, owner in self._owners.items() if left(owner)])
 
     def block_reads(self) -> dict[str, int]:
         """Path of each block → how often its weights were read, the most read of them."""
@@ -178,6 +183,15 @@ class Weights:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+    def _one(self, name: str) -> dict[str, Tensor]:
+        """One parameter's numbers, and those that are made with them; borrowed where blocks lend."""
+        block = next((b for b in self.blocks if name.startswith(f"{b}.")), None)
+        if self._lent is not None and block is not None:
+            for key, made in self._lent.items():
+                if self._build(name, block) in key:
+                    return {name: made[name.removeprefix(block)]}
+        return self._read([name])
 
     def _read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """These parameters' numbers, each recipe made once."""
@@ -194,26 +208,29 @@ class Weights:
     def _fill(self, names: list[str], owner: str, path: str) -> None:
         """Bring in what is not there yet, for a module; blocks may borrow."""
         todo = [n for n in names if n not in self._owners]
-        key = None
-        if self._lent is not None and path in self.blocks and len(todo) == len(names):
-            key = tuple((n.removeprefix(path), self._parameters[n].shape, self._parameters[n].dtype) for n in todo)
         try:
-            if key is not None and self._lent is not None:
-                while key not in self._lent and len(self._lent) >= LENT:
-                    self._lent.popitem(last=False)
-                if key not in self._lent:
-                    made = self._read(todo)
-                    self._lent[key] = {n.removeprefix(path): made[n] for n in todo}
-                self._lent.move_to_end(key)
-                for name in todo:
-                    self._give(name, self._lent[key][name.removeprefix(path)], owner)
-                return
+            if self._lent is not None and path in self.blocks and len(todo) == len(names):
+                self._give_all(self._borrowed(self._lent, path, todo), todo, owner)
             for name in todo:
                 if name not in self._owners:
-                    self._give_all(self._read([name]), todo, owner)
+                    self._give_all(self._one(name), todo, owner)
         except BaseException:
             self._let_go(todo)
             raise
+
+    def _borrowed(self, lent: OrderedDict[Any, dict[str, Tensor]], path: str, names: list[str]) -> dict[str, Tensor]:
+        """The weights of the first block that is built like this one, under this one's names."""
+        key = tuple(self._build(n, path) for n in names)
+        while key not in lent and len(lent) >= LENT:
+            lent.popitem(last=False)
+        if key not in lent:
+            made = self._read(names)
+            lent[key] = {n.removeprefix(path): made[n] for n in names}
+        lent.move_to_end(key)
+        return {n: lent[key][n.removeprefix(path)] for n in names}
+
+    def _build(self, name: str, path: str) -> tuple[Any, ...]:
+        return name.removeprefix(path), self._parameters[name].shape, self._parameters[name].dtype
 
     def _give_all(self, made: Mapping[str, Tensor], wanted: Iterable[str], owner: str) -> None:
         for name in wanted:
@@ -258,27 +275,30 @@ class Weights:
                 blocks += [p for p in made if self.within(p) and list(model.get_submodule(p).children())]
         self.blocks = tuple(blocks)
         for path, module in model.named_modules():
-            own = [self._names[id(p)] for p in module.parameters(recurse=False) if id(p) in self._names]
+            own = any(id(p) in self._names for p in module.parameters(recurse=False))
             if path in self.blocks or (own and not isinstance(module, nn.Embedding)):
-                self._hook(path, module, own)
+                self._hook(path, module)
 
-    def _hook(self, path: str, module: nn.Module, own: list[str]) -> None:
-        names, itself = (self.within(path) if path in self.blocks else own), weakref.ref(module)
+    def _hook(self, path: str, module: nn.Module) -> None:
+        block = path in self.blocks
+
+        def used(called: nn.Module) -> list[str]:
+            """What the module uses now: none of a copy's weights are on disk, nor of those that are put in for a call."""
+            found = [self._names.get(id(p)) for p in called.parameters(recurse=block)]
+            return [n for n in found if n is not None]
 
         def opens(called: nn.Module, args: Any, kwargs: Any) -> None:
-            if called is not itself():  # a copy, which has weights of its own
+            names = used(called)
+            if not names or "forward" in called.__dict__:  # something else runs in its place
                 return
             called._forward_hooks.move_to_end(closing.id)  # others' hooks may still look at the weights
-            if "forward" in called.__dict__:
-                return  # something else runs in its place
-            if path in self.blocks:
+            if block:
                 _expect_no_gradients(path, (*args, *kwargs.values()))
             self.release(path)
             self._fill(names, path, path)
 
         def closes(called: nn.Module, *_: Any) -> None:
-            if called is itself():
-                self._let_go([n for n in names if self._owners.get(n) == path])
+            self._let_go([n for n in used(called) if self._owners.get(n) == path])
 
         closing = module.register_forward_hook(closes, always_call=True)
         self._handles += [module.register_forward_pre_hook(opens, with_kwargs=True), closing]

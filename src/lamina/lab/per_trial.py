@@ -109,8 +109,18 @@ def expect_distributions(trial: Trial) -> None:
 
 def over_states(trial: Trial, block: str, compare: Callable[[Tensor, Tensor], Tensor]) -> Sums:
     """Sums of `compare(dense, thinned)`: [tokens, width] each, float32 → [tokens], on the streams behind a block."""
-    rows = trial.rows.on(trial.dense.leaving[block])
+    rows = rows_at(trial, block)
     return _sums(compare(*trial.states(block)).double(), rows.sequence, rows.sequences)
+
+
+def rows_at(trial: Trial, block: str) -> Rows:
+    """The positions of the streams behind a block of the trial's stack."""
+    return trial.rows.of(trial.side).on(trial.dense.leaving[block])
+
+
+def per_sequence(values: Tensor, rows: Rows) -> Tensor:
+    """Sums of `values` [tokens] over each sequence, float64 [sequences]."""
+    return _sums(values.double(), rows.sequence, rows.sequences)[0]
 
 
 def turned(dense: Tensor, thinned: Tensor) -> Tensor:

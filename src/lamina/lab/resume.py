@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map
 from lamina.anatomy.trace import first_tensor
 from lamina.anatomy.trial import forward_of
 from lamina.core.errors import UnsupportedError
+from lamina.lab.feed import side_of
 from lamina.lab.lab import sequence_losses
 from lamina.lab.objective import objective_of, output_of
 from lamina.lab.rows import Batch, Rows
@@ -82,6 +83,11 @@ class Resumed:
     def leaving(self) -> dict[str, Tensor]:
         """The stream behind each block."""
         return {b: _stream_of(r, self.entering[b]) for b, r in self._results.items()}
+
+    def rows_at(self, block: str) -> Rows:
+        """The positions of the stream of a block."""
+        side = side_of(self.lab.anatomy, self.lab.anatomy.block(block))
+        return self.rows.of(side).on(self.entering[block])
 
     def forward(self, start: str, maps: Mapping[str, Map] | None = None) -> Tensor:
         """The output with block `start` and those behind it run anew; `maps` stand in for whole blocks.

@@ -110,10 +110,9 @@ def prepare_inputs(data: Data) -> Tokens | None:
     sizes = {len(t) if t.ndim else 0 for t in named.values()}
     if len(sizes) != 1 or 0 in sizes:
         raise InputError("every tensor must have one row per sequence, and as many as the others", where=path)
-    batches = tuple(
-        {k: v[i : i + INPUT_ROWS].contiguous() for k, v in named.items()}
-        for i in range(0, min(sizes.pop(), data.sequences), INPUT_ROWS)
-    )
+    count = min(sizes.pop(), data.sequences)
+    edges = [*range(0, count, INPUT_ROWS), count]
+    batches = tuple({k: v[low:high].contiguous() for k, v in named.items()} for low, high in itertools.pairwise(edges))
     mark = fingerprint(*(part for b in batches for k, v in sorted(b.items()) for part in (k, v.numpy().tobytes())))
     label = f"calibration: {', '.join(sorted(named))} of {path}"
     return Tokens(batches, batches, mark, (label,), ())

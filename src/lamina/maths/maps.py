@@ -15,20 +15,20 @@ from lamina.core.scores import Grid
 if TYPE_CHECKING:
     from lamina.lab.sample import Sampled
 
-INTERCEPT = 1e4
+INTERCEPT = 1e6
 """How much weaker than the weights the intercept is held to zero."""
 
 
 class Ridge:
     """The affine map x W + b of least ‖xW + b - y‖² + λ‖W‖², for any y: all in the rows' inner products, float64.
 
-    λ is `ridge` times n times the median of the rows' squared distances from their mean, which a few rows of huge norm
-    do not move; rows given twice change nothing. The penalty on b is λ / `INTERCEPT`.
+    λ is `ridge` times n times the median of the rows' squared distances from the channels' medians, which a few rows of
+    huge norm do not move; rows given twice change nothing. The penalty on b is λ / `INTERCEPT`.
     """
 
     def __init__(self, x: Tensor, ridge: float) -> None:
         x = x.double()
-        x = x - x.mean(0)
+        x = x - x.median(0).values
         kernel = x @ x.T
         self.penalty = ridge * len(kernel) * float(kernel.diagonal().median())
         self.penalty = self.penalty if self.penalty > 0 else 1.0

@@ -84,7 +84,13 @@ class Desk:
     def _whole(self, name: str) -> bool:
         """Whether all that is asked of a measure is kept."""
         kept = self._kept(name)
-        return bool(kept) and (not self.how.compare or len(kept) > self.how.shards or bool(kept[0].missing.get("")))
+        if not kept:
+            return False
+        return not self._compared(name) or len(kept) > self.how.shards or "" in kept[0].missing
+
+    def _compared(self, name: str) -> bool:
+        """Whether a measure is to be tried on each part of the text; one of weights alone says the same of all."""
+        return self.how.compare and self.measures[name].card.needs > Need.NOTHING
 
     def _score_shared(self, names: Sequence[str]) -> None:
         found = self._shared(names)
@@ -98,7 +104,7 @@ class Desk:
 
     def _score_alone(self, name: str) -> None:
         self.run.say(f"surveying by {name}")
-        labs = [self.lab, *(shards(self.lab, self.how.shards) if self.how.compare else ())]
+        labs = [self.lab, *(shards(self.lab, self.how.shards) if self._compared(name) else ())]
         self._keep(name, [self._alone(name, lab) for lab in labs])
 
     def _seeds(self) -> dict[tuple[str, int], list[Scores]]:

@@ -70,7 +70,7 @@ def _ranked(survey: Survey, measure: str, kinds: Sequence[str]) -> Listing:
             site_name(row["site"], row["unit"], kind_of[row["site"]]),
             significant(row["value"]),
             significant(row["stderr"], 2) if math.isfinite(row["stderr"]) else "",
-            "" if row["rank_low"] is None else f"{row['rank_low']}{DASH}{row['rank_high']}",
+            _places(row["rank_low"], row["rank_high"]),
         )
         for row in shown.iter_rows(named=True)
     )
@@ -80,6 +80,11 @@ def _ranked(survey: Survey, measure: str, kinds: Sequence[str]) -> Listing:
     shown_columns = len(heads) if any(row[2] for row in rows) else 2
     title = f"{measure}{unit}: {many} ({', '.join(kinds)})"
     return Listing(title, heads[:shown_columns], tuple(row[:shown_columns] for row in rows))
+
+
+def _places(low: int | None, high: int | None) -> str:
+    """An interval of ranks."""
+    return "" if low is None else str(low) if low == high else f"{low}{DASH}{high}"
 
 
 def _notes(survey: Survey, measure: str) -> tuple[str, ...]:

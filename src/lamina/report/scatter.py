@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from lamina.report.numbers import MINUS, significant, span
+from lamina.report.numbers import MINUS, NONE, significant, span
 from lamina.report.plots import FAINT, MARGIN, RULE, SOFT, clip, picture, words
 from lamina.report.svg import Scale, el, ticks
 
@@ -163,8 +163,8 @@ def _agreement(panel: Panel, frame: _Frame, looks: Mapping[str, tuple[str, str]]
 
 
 def correlation(value: float) -> str:
-    """Two decimals with a real minus sign."""
-    return "none" if not math.isfinite(value) else f"{value:.2f}".replace("-0.00", "0.00").replace("-", MINUS)
+    """Two decimals with a real minus sign; a dash where there is no correlation."""
+    return NONE if not math.isfinite(value) else f"{value:.2f}".replace("-0.00", "0.00").replace("-", MINUS)
 
 
 def _tip(point: Point, x_name: str, truth: str) -> str:

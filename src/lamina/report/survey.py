@@ -173,28 +173,23 @@ class Survey(Mapping[str, Scores]):
         """How alike a measure ranks the sites on other parts of the text, and with other seeds.
 
         Columns: measure, kind, variation ("text" or "seed"), spearman: the mean over all pairs of parts of their
-        rank correlation, parts: how many parts, n: the sites or units. With seeds the survey itself is one of the
-        parts. Empty where the survey was run on one text with one seed.
+        rank correlation, parts: how many parts, n: the sites or units. Parts of the text are smaller than the whole,
+        so that their scores are noisier than the survey's own. Empty where the survey did not ask for it.
         """
         import polars as pl
 
         rows: list[dict[str, Any]] = []
-        parts = self._parts
-        for name in self.kinds if parts is not None else ():
-            assert parts is not None
-            whole = self.scored(kind=name).with_columns(pl.lit(-1, pl.Int64).alias("part"))
-            here = parts.filter(pl.col("site").is_in(whole["site"].unique().implode()))
+        for kind in self.kinds if self._parts is not None else ():
+            assert self._parts is not None
+            sites = self.scored(kind=kind)["site"].unique()
+            here = self._parts.filter(pl.col("site").is_in(sites.implode()))
             for (measure, variation), part in here.group_by(["measure", "variation"], maintain_order=True):
-                shown = part.select("site", "unit", "part", "value")
-                if variation == "seed":
-                    first = whole.filter(pl.col("measure") == measure).select(shown.columns)
-                    shown = pl.concat([first, shown], how="vertical_relaxed")
-                names, columns = _wide(shown, "part")
+                names, columns = _wide(part, "part")
                 pairs = itertools.combinations(range(len(names)), 2)
                 values = (ranks.spearman(columns[:, i], columns[:, j])[0] for i, j in pairs)
                 finite = [value for value in values if math.isfinite(value)]
                 if finite:
-                    row = {"measure": measure, "kind": name, "variation": variation}
+                    row = {"measure": measure, "kind": kind, "variation": variation}
                     rows.append({**row, "spearman": float(np.mean(finite)), "parts": len(names), "n": len(columns)})
         return _frame(rows, ("measure", "kind", "variation"), ("spearman",), ("parts", "n"))
 

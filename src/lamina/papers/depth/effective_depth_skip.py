@@ -120,7 +120,7 @@ class Effects:
         values, errors = {}, {}
         for site, maxima in self.maxima.items():
             ordered = maxima[np.argsort(self.owners[site], kind="stable")]
-            value, error = jackknife(lambda rows, m=ordered: reduce(m[rows].max(0)), np.arange(len(ordered)))
+            value, error = jackknife(lambda rows, m=ordered: reduce(m[rows].max(0)), range(len(ordered)))
             values[site], errors[site] = np.atleast_1d(value), np.atleast_1d(error)
         return Scores(measure=self.measure, values=values, stderr=errors, grids=self._grids())
 
@@ -139,9 +139,11 @@ class Effects:
 
 def _updates(site: Site, trial: Trial, front: int) -> list[Tensor]:
     """The largest relative change of what each later block adds, [sequences] each, float64."""
+    from lamina.lab.per_trial import rows_at
+
     place = trial.blocks.index(site.id)
     before = trial.states(site.id)
-    rows = trial.rows.on(trial.dense.leaving[site.id])
+    rows = rows_at(trial, site.id)
     found = []
     for block in trial.blocks[place + 1 :]:
         behind = trial.states(block)

@@ -68,8 +68,8 @@ class ConceptProbe:
     batches hold "concept" [batch] (int, two values), that of the sequence. The probe is a logistic regression on
     `directions` principal directions, with at most `iterations` steps. Grids: `probe`, accuracy, F1 and AUC on test
     sequences at all depths; `points`, depths as shares of the blocks: the first with accuracy 1.1 times the last
-    one's (jump), the last with a change below 3 % (converge), the first from which on all are (settle), the best
-    (peak); NaN where there is none. Needs scikit-learn.
+    one's (jump), the last with a change below 3 % (converge), the first of those that no other interrupts (settle),
+    the best (peak); NaN where there is none. There are no standard errors. Needs scikit-learn.
     """
 
     card: ClassVar[Card]
@@ -94,26 +94,28 @@ class ConceptProbe:
 
 
 class Concepts:
-    """A sample of tokens, the counts of next ids in the whole text, and labels by a sequence's key."""
+    """A sample of tokens, the counts of next ids in each stack's whole text, and labels by a sequence's key."""
 
     def __init__(self, options: ConceptProbe) -> None:
         from lamina.lab.sample import TokenSample
 
         self.options = options
         self.sample = TokenSample(options.sequences, options.each)
-        self.counts: dict[int, int] = {}
+        self.counts: dict[str, dict[int, int]] = {}
         self.labels: dict[int, int] = {}
 
     def add(self, site: Site, taps: Taps) -> None:
         """Take in one block on one batch."""
+        from lamina.lab.sampled import stack_of
+
         if site.kind is not Kind.BLOCK:
             return
         self.sample.add(site, taps)
         rows = taps.rows
         if site.block == 0 and rows.next_ids is not None:
             ids, counts = np.unique(rows.next_ids.cpu().numpy(), return_counts=True)
-            for token, count in zip(ids[ids >= 0].tolist(), counts[ids >= 0].tolist(), strict=True):
-                self.counts[token] = self.counts.get(token, 0) + count
+            new = dict(zip(ids[ids >= 0].tolist(), counts[ids >= 0].tolist(), strict=True))
+            self.counts[stack_of([site.id])] = added(self.counts.get(stack_of([site.id]), {}), new)
         if "concept" in rows.batch:
             chosen = np.unique(rows.sequence.numpy()[rows.picked(self.sample.sequences, self.sample.each).numpy()])
             for row in chosen:
@@ -123,7 +125,8 @@ class Concepts:
         """The tally of both parts."""
         both = type(self)(self.options)
         both.sample = self.sample.merge(other.sample)
-        both.counts = {k: self.counts.get(k, 0) + other.counts.get(k, 0) for k in {**self.counts, **other.counts}}
+        for stack in {**self.counts, **other.counts}:
+            both.counts[stack] = added(self.counts.get(stack, {}), other.counts.get(stack, {}))
         both.labels = {**self.labels, **other.labels}
         return both
 
@@ -134,7 +137,7 @@ class Concepts:
         return table(self.options.card.name, self.sample.stacks(), self._found)
 
     def _found(self, sampled: Sampled) -> Found:
-        from lamina.lab.sampled import Found, curves, kept
+        from lamina.lab.sampled import Found, curves, kept, stack_of
 
         if self.labels:
             by_rank = np.array([self.labels[k] for k in sorted(self.labels)])
@@ -146,7 +149,7 @@ class Concepts:
         else:
             follows = sampled.next_ids.numpy()
             sampled = kept(sampled, follows >= 0)
-            labels = np.isin(follows[follows >= 0], common(self.counts)).astype(np.int64)
+            labels = np.isin(follows[follows >= 0], common(self.counts[stack_of(sampled.blocks)])).astype(np.int64)
         test = held_out(sampled.owner)
         values = np.unique(labels)
         if len(values) != 2 or any(len(np.unique(labels[part])) < 2 for part in (test, ~test)):
@@ -157,6 +160,11 @@ class Concepts:
         )
         grid = curves(sampled.blocks, accuracy=marks[:, 0], f1=marks[:, 1], auc=marks[:, 2])
         return Found(values=np.abs(np.diff(marks[:, 2])), grids={"probe": grid, "points": points(marks[:, 0])})
+
+
+def added(one: dict[int, int], other: dict[int, int]) -> dict[int, int]:
+    """Counts of both."""
+    return {k: one.get(k, 0) + other.get(k, 0) for k in {**one, **other}}
 
 
 def common(counts: dict[int, int]) -> np.ndarray:
@@ -214,14 +222,13 @@ def points(accuracy: Array) -> Grid:
     change = np.divide(accuracy[1:], accuracy[:-1], out=np.full(len(accuracy) - 1, np.inf), where=accuracy[:-1] > 0)
     jumps, still = np.flatnonzero(change >= JUMP) + 1, np.flatnonzero(np.abs(change - 1) < STILL) + 1
     moving = np.flatnonzero(np.abs(change - 1) >= STILL) + 1
+    settled = moving[-1] + 1 if len(moving) else 1
     found = {
         "jump": jumps[0] / blocks if len(jumps) else math.nan,
         "converge": still[-1] / blocks if len(still) else math.nan,
-        "settle": (moving[-1] + 1) / blocks if len(moving) and moving[-1] < blocks else 1 / blocks,
+        "settle": settled / blocks if settled <= blocks else math.nan,
         "peak": accuracy.argmax() / blocks,
     }
-    if len(moving) and moving[-1] == blocks:
-        found["settle"] = math.nan
     return Grid(values=np.array([list(found.values())]), rows=("share of depth",), columns=tuple(found))
 
 

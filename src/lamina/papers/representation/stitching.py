@@ -48,9 +48,10 @@ ROWS = 256
 class DirectMatching:
     """Keep what no affine map of the input can replace: Σ‖x W + b - y‖² / Σ‖y‖² on sequences that were held out.
 
-    `ridge` is relative to the number of tokens times their median energy. Grids: `matching`, the loss on held-out and on fitted rows;
-    `cka` (linear, of the unbiased estimate where `debiased`), `cca` (mean squared canonical correlation) and
-    `procrustes` (orthogonal Procrustes distance) of all pairs of depths, the latter two on `components` directions.
+    `ridge` is relative to the number of tokens times their median energy. There are no standard errors, as other
+    sequences would also change the maps. Grids: `matching`, the loss on held-out and on fitted rows; `cka` (linear, of
+    the unbiased estimate where `debiased`), `cca` (mean squared canonical correlation) and `procrustes` (orthogonal
+    Procrustes distance) of all pairs of depths, the latter two on `components` directions.
     """
 
     card: ClassVar[Card]
@@ -79,21 +80,19 @@ class DirectMatching:
 
     def _found(self, sampled: Sampled) -> Found:
         from lamina.core.scores import Grid
-        from lamina.lab.sampled import Found, over_sequences, sampled_behind, sequences_of
+        from lamina.lab.sampled import Found, sampled_behind
         from lamina.maths.maps import Ridge
 
         sampled = sampled_behind(sampled, FRONT)
         errors, fitted, energy = [], [], []
         for before, behind in zip(sampled.states[:-1], sampled.states[1:], strict=True):
             ridge, update = Ridge(before, self.ridge), behind - before
-            errors.append((ridge.held_out(update, sampled.owner) ** 2).sum(1).numpy())
-            fitted.append((ridge.fitted(update) ** 2).sum(1).numpy())
-            energy.append((behind.double() ** 2).sum(1).numpy())
-        value, error = over_sequences(errors, energy, sequences_of(sampled))
-        inside = np.sum(fitted, 1) / np.sum(energy, 1)
-        columns = ("held out", "fitted")
-        grid = Grid(values=np.column_stack([value, inside]), rows=sampled.blocks, columns=columns)
-        return Found(values=value, stderr=error, grids={"matching": grid, **self._likeness(sampled)})
+            errors.append(float((ridge.held_out(update, sampled.owner) ** 2).sum()))
+            fitted.append(float((ridge.fitted(update) ** 2).sum()))
+            energy.append(max(float((behind.double() ** 2).sum()), 1e-300))
+        table = np.column_stack([errors, fitted]) / np.reshape(energy, (-1, 1))
+        grid = Grid(values=table, rows=sampled.blocks, columns=("held out", "fitted"))
+        return Found(values=table[:, 0], grids={"matching": grid, **self._likeness(sampled)})
 
     def _likeness(self, sampled: Sampled) -> dict[str, Grid]:
         from lamina.lab.sampled import layer_map

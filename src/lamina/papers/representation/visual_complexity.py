@@ -47,10 +47,10 @@ class Decodability:
     """Keep what makes the final features readable: |the step of their mean R² across the block|.
 
     R² is that of a ridge regression from the states at a depth to `features` principal directions of the last depth,
-    each scaled to variance 1: the V-information of linear maps. `ridge` is relative to the number of tokens
-    times their median energy.
-    Grids: `decodability`, the mean R² at all depths; `complexity`, of each feature K = 1 - the mean of its R² (at
-    least 0) over the depths behind blocks, and its share of the variance.
+    each scaled to variance 1: the V-information of linear maps. `ridge` is relative to the number of tokens times their
+    median energy. There are no standard errors, as other sequences would also change the maps. Grids: `decodability`,
+    the mean R² at all depths; `complexity`, of each feature K = 1 - the mean of its R² (at least 0) over the depths
+    behind blocks, and its share of the variance.
     """
 
     card: ClassVar[Card]

@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
+import conformance_cases
 import pytest
 
 from lamina.core.registry import ROLES
-from lamina.testing import checks_for, known_failures
+from lamina.testing import checks_for
 from lamina.testing.suite import Check
 
 
-def cases() -> Iterator[Any]:
-    for role, registry in ROLES.items():
-        for name in registry:
-            method = type(registry.make(name))
-            known = known_failures(method)
-            for check in checks_for(role, method):
-                word = check.__name__.removeprefix("check_")
-                marks = (
-                    [pytest.mark.xfail(strict=True, reason=known[check.__name__])] if check.__name__ in known else []
-                )
-                yield pytest.param(method, check, id=f"{role}-{name}-{word}", marks=marks)
-
-
-@pytest.mark.parametrize(("method", "check"), list(cases()))
+@pytest.mark.parametrize(
+    ("method", "check"), list(conformance_cases.cases(lambda card: not conformance_cases.runs_much(card)))
+)
 def test_conformance(method: type, check: Check) -> None:
     check(method)
 

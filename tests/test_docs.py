@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -122,6 +123,29 @@ def test_tutorial_commands(workplace: Path) -> None:
 def test_tutorial_python(quick: Path) -> None:
     assert run_python(ROOT / "docs" / "tutorial.md") == 2
     assert (quick / "run2" / "evidence.json").is_file()
+
+
+@pytest.mark.slow
+def test_survey_page(workplace: Path) -> None:
+    from safetensors.torch import save_file
+    from transformers import ViTConfig, ViTModel
+
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 3}
+    ViTModel(ViTConfig(image_size=16, patch_size=4, **small)).save_pretrained(workplace / "dinov2-small")
+    save_file({"pixel_values": torch.randn(5, 3, 16, 16)}, workplace / "pictures.safetensors")
+    shutil.copytree(workplace / MODEL, workplace / "big-model")
+    page = ROOT / "docs" / "survey.md"
+    scratch = workplace / "scratch"
+    scratch.mkdir()
+    for arguments in commands(page):
+        asked = [str(scratch) if a == "/var/tmp" else a for a in arguments]
+        out = ["--out", f"run-{len(list(workplace.iterdir()))}"] if asked[1] != MODEL else []
+        with pytest.raises(SystemExit) as end:
+            cli.main([*asked, *out])
+        assert end.value.code == 0, arguments
+    assert list(scratch.iterdir()) == []
+    assert run_python(page) == 1
+    assert {"heat.svg", "truth.svg"} <= {p.name for p in workplace.iterdir()}
 
 
 def test_adding_a_method_python() -> None:

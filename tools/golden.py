@@ -58,6 +58,16 @@ def stable_measures() -> list[str]:
     return [n for n in MEASURES if MEASURES.card(n).status is Status.STABLE]
 
 
+def heavy(measure: str) -> bool:
+    """Whether a measure looks inside sublayers, or leaves sites out: seconds to a minute on the real model."""
+    from lamina.core.papers import Need
+    from lamina.core.registry import MEASURES
+    from lamina.core.sites import SUBLAYERS, Kind
+
+    card = MEASURES.card(measure)
+    return card.needs is Need.ABLATION or not set(card.on) <= SUBLAYERS | {Kind.BLOCK}
+
+
 def tokens_for(measure: str) -> int:
     """How much text a measure sees here."""
     from lamina.core.papers import Need
@@ -75,13 +85,14 @@ def scores(measure: str) -> Any:
 
 
 def numbers(measure: str) -> dict[str, Any]:
-    """The table in plain data, six digits."""
+    """The table in plain data, six digits; of sites of many units, the mean over them."""
     found = scores(measure)
 
     def rounded(table: Mapping[str, Iterable[float]]) -> dict[str, list[float]]:
         return {k: [float(f"{x:.6g}") for x in v] for k, v in table.items()}
 
-    rows = {"unit": found.unit, "values": {k: v[0] for k, v in rounded(found.values).items()}}
+    means = rounded({k: [sum(v) / len(v)] for k, v in found.values.items()})
+    rows = {"unit": found.unit, "values": {k: v[0] for k, v in means.items()}}
     return rows | ({"spans": rounded(found.spans)} if found.spans else {})
 
 

@@ -36,7 +36,7 @@ def test_is_ridge_regression(ridge: float) -> None:
     w, c = literal(x - centre, y, ridge, typical(x))
     got = affine(x, y, ridge)
     torch.testing.assert_close(got[0], w, rtol=1e-6, atol=1e-8)
-    torch.testing.assert_close(got[1], c - centre @ w, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(got[1], c - centre @ w, rtol=1e-5, atol=1e-5)
 
 
 def test_an_affine_map_is_found() -> None:

@@ -40,7 +40,9 @@ def test_same_text() -> None:
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("name", golden.stable_measures())
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if golden.heavy(n) else []) for n in golden.stable_measures()]
+)
 def test_measure(name: str) -> None:
     got, want = golden.numbers(name), data()["measures"][name]
     assert got["unit"] == want["unit"]

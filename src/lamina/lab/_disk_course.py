@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from functools import partial
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lamina.anatomy.stacks import call
+from lamina.anatomy.stacks import call, evaluating
 from lamina.anatomy.trial import inputs_recorded, shorted
 from lamina.core.errors import UnsupportedError
 from lamina.lab._disk_files import States
@@ -113,6 +114,10 @@ def _leaving(block: Block, out: Any) -> Tensor:
     return out
 
 
+FAULTS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
+"""What a model may raise whose blocks are not computed, or are called one by one."""
+
+
 @torch.no_grad()
 def prove(anatomy: Anatomy, weights: Weights | None) -> None:
     """That the sample's streams are the same block by block as in one forward, else UnsupportedError.
@@ -120,6 +125,23 @@ def prove(anatomy: Anatomy, weights: Weights | None) -> None:
     What a block is called with may depend on what others gave, unseen by the anatomy. This is about how the model is
     written: blocks of one build may run with each other's weights.
     """
+    whole = _in_one_go(anatomy)
+    done: list[States] = []
+    for at, stack in enumerate(anatomy.stacks):
+        try:
+            here = _block_by_block(anatomy, at, done, weights).double()
+        except FAULTS as error:
+            first = (str(error).splitlines() or [type(error).__name__])[0][:120]
+            raise UnsupportedError(f"no streaming from disk: block by block, {first}", where=stack.path) from error
+        there = whole[stack.path].double()
+        error = float((here - there).norm() / there.norm().clamp_min(1e-30)) if here.shape == there.shape else math.inf
+        if not error <= NEAR:
+            what = f"block by block its stream is off by {error:.1e}: what a block is given depends on those before"
+            raise UnsupportedError(f"no streaming from disk: {what}", where=stack.path)
+
+
+def _in_one_go(anatomy: Anatomy) -> dict[str, Tensor]:
+    """Path of each stack → the stream that leaves it when the model runs on the sample."""
     whole: dict[str, Tensor] = {}
     handles = []
     for stack in anatomy.stacks:
@@ -128,22 +150,22 @@ def prove(anatomy: Anatomy, weights: Weights | None) -> None:
             whole[stack.path] = _leaving(stack.blocks[-1], out).clone()
 
         handles.append(anatomy.model.get_submodule(stack.blocks[-1].path).register_forward_hook(note))
-    run = partial(call, anatomy.model, anatomy.sample)
     try:
-        run()
+        with evaluating(anatomy.model):
+            call(anatomy.model, anatomy.sample)
     finally:
         for handle in handles:
             handle.remove()
-    done: list[States] = []
-    for at, stack in enumerate(anatomy.stacks):
-        course = Course(anatomy, at, done, States([1]))
-        course.record(0, run)
-        for depth, block in enumerate(stack.blocks):
+    return whole
+
+
+def _block_by_block(anatomy: Anatomy, at: int, done: list[States], weights: Weights | None) -> Tensor:
+    """The same of one stack; its states go to those that are `done`."""
+    course = Course(anatomy, at, done, States([1]))
+    with evaluating(anatomy.model):
+        course.record(0, partial(call, anatomy.model, anatomy.sample))
+        for depth, block in enumerate(anatomy.stacks[at].blocks):
             with weights.held(block.path) if weights is not None else nullcontext():
                 course.step(0, depth)
-        done.append(course.states)
-        there, here = whole[stack.path].double(), course.states.get(0).double()
-        error = float((here - there).norm() / there.norm().clamp_min(1e-30))
-        if not error <= NEAR:
-            what = f"block by block its stream is off by {error:.1e}: what a block is given depends on those before"
-            raise UnsupportedError(f"no streaming from disk: {what}", where=stack.path)
+    done.append(course.states)
+    return course.states.get(0)

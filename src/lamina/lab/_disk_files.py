@@ -164,7 +164,7 @@ class States:
     def __enter__(self) -> Self:
         if self.folder is not None:
             try:
-                self._file = tempfile.TemporaryFile(dir=self.folder, prefix=".lamina-", buffering=0)  # noqa: SIM115
+                self._file = tempfile.TemporaryFile(dir=self.folder, prefix=".lamina-", buffering=0)
             except OSError as error:
                 raise InputError(f"can't write here: {error.strerror}", where=self.folder) from error
         return self

@@ -6,11 +6,12 @@ The names and the conversions are transformers' own.
 from __future__ import annotations
 
 import copy
+import importlib
 import os
 import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -81,12 +82,21 @@ def _skeleton(path: Path, dtype: torch.dtype, *, trust_remote_code: bool) -> Any
 
     config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
     own = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    named = None if own else getattr(transformers, next(iter(config.architectures or ()), ""), None)
+    name = next(iter(config.architectures or ()), "")
+    named = None if own else getattr(transformers, name, None) or _beside(config, name)
     with torch.device("meta"):
         if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
             return named._from_config(config, dtype=dtype)
         auto = transformers.AutoModelForCausalLM
         return auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+def _beside(config: Any, name: str) -> Any:
+    """The class of that name in the module of models that belongs to a config's."""
+    place = type(config).__module__.replace(".configuration_", ".modeling_")
+    with suppress(ImportError):
+        return getattr(importlib.import_module(place), name, None)
+    return None
 
 
 def _drafts(skeleton: Any, tensors: Mapping[str, Stored]) -> list[Draft]:
@@ -241,7 +251,7 @@ def _filled(model: nn.Module, targets: Mapping[str, tuple[Draft, tuple[int, ...]
             continue
         made = recipes[id(draft)].make()[name] if is_light(tensor) else _nothing(tensor)
         made = made.clone() if tensor.ndim < 2 else made
-        mine[id(tensor)] = module._parameters[key] = nn.Parameter(made, requires_grad=False)
+        mine[id(tensor)] = module._parameters[key] = nn.Parameter(made, requires_grad=tensor.requires_grad)
     for module, key, _, tensor in _tensors(model):  # those that are tied to one of them
         if key in module._parameters:
             module._parameters[key] = mine.get(id(tensor), tensor)

@@ -21,11 +21,11 @@ from lamina.lab._disk_files import Stored
 HELD = "\0held"
 """Stands for the path of a module: these weights were asked for by `Weights.held`."""
 LENT = 2
-"""Blocks that are kept while they lend their weights to others."""
+"""Weights of so many blocks are kept while they are lent to others."""
 TOLD = frozenset(
-    "shape dtype device layout ndim requires_grad grad grad_fn is_leaf is_meta is_cuda is_cpu is_mps is_xpu is_sparse "
-    "is_quantized is_nested is_mkldnn itemsize nbytes numel nelement size dim ndimension element_size names "
-    "is_floating_point is_complex is_signed __len__ requires_grad_ retains_grad output_nr _version get_device".split()
+    """shape dtype device layout ndim requires_grad grad grad_fn is_leaf is_meta is_cuda is_cpu is_mps is_xpu is_sparse
+    is_quantized is_nested is_mkldnn itemsize nbytes numel nelement size dim ndimension element_size names get_device
+    is_floating_point is_complex is_signed __len__ requires_grad_ retains_grad output_nr _version""".split()  # noqa: SIM905
 )
 """What a parameter tells, and what can be set, without its numbers."""
 
@@ -67,7 +67,7 @@ class OnDisk(nn.Parameter):
             )
         if func is functional.embedding and (rows := _looked_up(*args, **kwargs)) is not None:
             return rows
-        args, kwargs = tree_map_only(OnDisk, lambda p: p.numbers(), (tuple(args), dict(kwargs)))
+        args, kwargs = tree_map_only(OnDisk, _numbers, (tuple(args), dict(kwargs)))
         return func(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
@@ -75,6 +75,11 @@ class OnDisk(nn.Parameter):
         if id(self) not in memo:
             memo[id(self)] = nn.Parameter(self.numbers().clone(), requires_grad=self.requires_grad)
         return memo[id(self)]
+
+
+def _numbers(parameter: OnDisk) -> Tensor:
+    """A tensor that asks for gradients as the parameter does: torch chooses some kernels by that, in any mode."""
+    return parameter.numbers().requires_grad_(parameter.requires_grad)
 
 
 def _looked_up(indices: Tensor, weight: Any, *args: Any, **kwargs: Any) -> Tensor | None:
@@ -112,7 +117,10 @@ class Weights:
         self._parameters: dict[str, nn.Parameter] = {}
         self._names: dict[int, str] = {}
         self._owners: dict[str, str] = {}
-        self._lent: OrderedDict[Any, dict[str, Tensor]] | None = None
+        self._lent: OrderedDict[Any, Tensor] | None = None
+        self._kinds: dict[str, Any] = {}
+        self._lenders: dict[Any, str] = {}
+        self._room = 0
         self._handles: list[Any] = []
         self.blocks: tuple[str, ...] = ()
         self.reads: Counter[str] = Counter()
@@ -142,16 +150,16 @@ class Weights:
         self.release()
         names = [n for n in self.within(path) if n not in self._owners]
         try:
-            self._fill(names, HELD, path)
+            self._fill(names, HELD)
             yield
         finally:
             self._let_go(names)
 
     @contextmanager
     def lending(self) -> Iterator[None]:
-        """Inside, blocks of one build all run with the weights of the first of them: for what depends on shapes alone.
+        """Inside, blocks run with the weights of the first that has some of that name and shape.
 
-        Few blocks are read then, each once.
+        For what depends on shapes alone: of blocks of one build one is read then, once. At most two are kept.
         """
         before, self._lent = self._lent, OrderedDict() if self._lent is None else self._lent
         try:
@@ -185,13 +193,18 @@ class Weights:
         self._handles.clear()
 
     def _one(self, name: str) -> dict[str, Tensor]:
-        """One parameter's numbers, and those that are made with them; borrowed where blocks lend."""
-        block = next((b for b in self.blocks if name.startswith(f"{b}.")), None)
-        if self._lent is not None and block is not None:
-            for key, made in self._lent.items():
-                if self._build(name, block) in key:
-                    return {name: made[name.removeprefix(block)]}
-        return self._read([name])
+        """One parameter's numbers, and those that are made with them; where blocks lend, the first's of its kind."""
+        kind = self._kinds.get(name)
+        if self._lent is None or kind is None:
+            return self._read([name])
+        lent, lender = self._lent, self._lenders[kind]
+        if kind not in lent:
+            size = self._size(name)
+            while lent and sum(t.numel() * t.element_size() for t in lent.values()) + size > self._room:
+                lent.popitem(last=False)
+            lent[kind] = self._read([lender])[lender]
+        lent.move_to_end(kind)
+        return {name: lent[kind]}
 
     def _read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """These parameters' numbers, each recipe made once."""
@@ -205,12 +218,10 @@ class Weights:
                     self.bytes += sum(s.nbytes for s in recipe.sources)
         return found
 
-    def _fill(self, names: list[str], owner: str, path: str) -> None:
-        """Bring in what is not there yet, for a module; blocks may borrow."""
+    def _fill(self, names: list[str], owner: str) -> None:
+        """Bring in what is not there yet, for a module."""
         todo = [n for n in names if n not in self._owners]
         try:
-            if self._lent is not None and path in self.blocks and len(todo) == len(names):
-                self._give_all(self._borrowed(self._lent, path, todo), todo, owner)
             for name in todo:
                 if name not in self._owners:
                     self._give_all(self._one(name), todo, owner)
@@ -218,19 +229,8 @@ class Weights:
             self._let_go(todo)
             raise
 
-    def _borrowed(self, lent: OrderedDict[Any, dict[str, Tensor]], path: str, names: list[str]) -> dict[str, Tensor]:
-        """The weights of the first block that is built like this one, under this one's names."""
-        key = tuple(self._build(n, path) for n in names)
-        while key not in lent and len(lent) >= LENT:
-            lent.popitem(last=False)
-        if key not in lent:
-            made = self._read(names)
-            lent[key] = {n.removeprefix(path): made[n] for n in names}
-        lent.move_to_end(key)
-        return {n: lent[key][n.removeprefix(path)] for n in names}
-
-    def _build(self, name: str, path: str) -> tuple[Any, ...]:
-        return name.removeprefix(path), self._parameters[name].shape, self._parameters[name].dtype
+    def _size(self, name: str) -> int:
+        return self._parameters[name].numel() * self._parameters[name].element_size()
 
     def _give_all(self, made: Mapping[str, Tensor], wanted: Iterable[str], owner: str) -> None:
         for name in wanted:
@@ -254,18 +254,20 @@ class Weights:
             if dtype not in self._empty:
                 self._empty[dtype] = torch.full((1,), float("nan") if dtype.is_floating_point else 0).to(dtype)
             parameter.data = self._empty[dtype].expand(parameter.shape)
+            torch.autograd.graph.increment_version(parameter)  # a backward that needs it fails
             parameter.__class__ = OnDisk
 
     def _let_go(self, names: Iterable[str]) -> None:
         for name in names:
             if self._owners.pop(name, None) is not None:
-                self.live -= self._parameters[name].numel() * self._parameters[name].element_size()
+                self.live -= self._size(name)
                 self._take(name)
 
     def _watch(self, model: nn.Module) -> None:
-        """Hooks on the elements of containers, and on modules with weights of their own.
+        """Hooks on the elements of containers, and on modules with weights of their own, for all that lies in them.
 
-        Not on embeddings, of which only rows are read. An element inside an element is part of it.
+        Not on embeddings, of which only rows are read. An element inside an element is part of it; a module around
+        elements has its own weights alone.
         """
         blocks: list[str] = []
         for path, container in model.named_modules():
@@ -274,31 +276,45 @@ class Weights:
                 made = [f"{path}.{n}" if path else n for n, _ in children]
                 blocks += [p for p in made if self.within(p) and list(model.get_submodule(p).children())]
         self.blocks = tuple(blocks)
+        for block in blocks:
+            for name in self.within(block):
+                kind = name.removeprefix(block), self._parameters[name].shape, self._parameters[name].dtype
+                self._kinds[name] = kind
+                self._lenders.setdefault(kind, name)
+            self._room = max(self._room, LENT * sum(self._size(n) for n in self.within(block)))
         for path, module in model.named_modules():
             own = any(id(p) in self._names for p in module.parameters(recurse=False))
             if path in self.blocks or (own and not isinstance(module, nn.Embedding)):
                 self._hook(path, module)
 
     def _hook(self, path: str, module: nn.Module) -> None:
-        block = path in self.blocks
+        block, within = path in self.blocks, f"{path}." if path else ""
+        deep = block or not any(b.startswith(within) for b in self.blocks)
 
-        def used(called: nn.Module) -> list[str]:
-            """What the module uses now: none of a copy's weights are on disk, nor of those that are put in for a call."""
-            found = [self._names.get(id(p)) for p in called.parameters(recurse=block)]
+        def used(called: Any) -> list[str]:
+            """What the module uses now.
+
+            A copy's weights are not on disk, nor those that are put in for a call; and where something else runs in the
+            place of a module inside, that one's are not used.
+            """
+            idle = [m for m in called.modules() if "forward" in vars(m)] if deep else []
+            unused = {id(p) for m in idle for p in m.parameters()}
+            found = [self._names.get(id(p)) for p in called.parameters(recurse=deep) if id(p) not in unused]
             return [n for n in found if n is not None]
 
-        def opens(called: nn.Module, args: Any, kwargs: Any) -> None:
-            names = used(called)
-            if not names or "forward" in called.__dict__:  # something else runs in its place
+        def opens(called: Any, args: Any, kwargs: Any) -> None:
+            names = [] if "forward" in vars(called) else used(called)
+            if not names:
                 return
             called._forward_hooks.move_to_end(closing.id)  # others' hooks may still look at the weights
             if block:
-                _expect_no_gradients(path, (*args, *kwargs.values()))
+                _expect_no_gradients(path, called.parameters(), (*args, *kwargs.values()))
             self.release(path)
-            self._fill(names, path, path)
+            self._fill(names, path)
 
         def closes(called: nn.Module, *_: Any) -> None:
-            self._let_go([n for n in used(called) if self._owners.get(n) == path])
+            if self._owners and any(id(p) in self._names for p in called.parameters(recurse=deep)):
+                self._let_go([n for n, owner in self._owners.items() if owner == path])
 
         closing = module.register_forward_hook(closes, always_call=True)
         self._handles += [module.register_forward_pre_hook(opens, with_kwargs=True), closing]
@@ -308,7 +324,7 @@ def _around(blocks: list[str]) -> tuple[str, ...]:
     return tuple(f"{b}." for b in blocks) or ("\0",)
 
 
-def _expect_no_gradients(path: str, given: Iterable[Any]) -> None:
-    if torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in given):
+def _expect_no_gradients(path: str, mine: Iterable[nn.Parameter], given: Iterable[Any]) -> None:
+    if torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in (*mine, *given)):
         what = "a model that is read from disk block by block has no gradients"
-        raise UnsupportedError(what, where=path, hint="load it whole")
+        raise UnsupportedError(what, where=path, hint="run it in torch.no_grad(), or load it whole")

@@ -11,14 +11,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from lamina.anatomy import Anatomy
-from lamina.core.errors import UnsupportedError
+from lamina.anatomy.stacks import call, evaluating
+from lamina.anatomy.trace import Flops
+from lamina.core.errors import CertificateError, UnsupportedError
 from lamina.lab._disk_course import Course, expect_walkable, prove
 from lamina.lab._disk_files import States
 from lamina.lab._disk_weights import Weights
@@ -63,16 +65,31 @@ def lending(model: nn.Module) -> Iterator[None]:
 
 
 def anatomy_of(model: nn.Module, sample: Mapping[str, Tensor] | None = None) -> Anatomy:
-    """The certified anatomy of a model on disk, with its costs; each block is read once, and the first twice.
+    """The certified anatomy of a model on disk, with its costs and linear maps; blocks are read once, the first twice.
 
-    How a model is built is found with borrowed weights; the certificate then holds for its own.
+    How a model is built is found with borrowed weights; the certificate then holds for its own. Where what a model does
+    depends on its weights' values (how much it computes, or what happens to its stream), it is found with its own.
     """
-    with lending(model):
-        anatomy = Anatomy.of(model, sample)
-        anatomy.total()
-        with suppress(UnsupportedError):  # `streamed` will say so
-            _expect_proved(anatomy)
+    if weights_of(model) is not None:
+        with lending(model):
+            anatomy = _looked_up(model, sample)
+            with suppress(UnsupportedError):  # `streamed` will say so
+                _expect_proved(anatomy)
+            with Flops() as borrowed, evaluating(model):
+                call(model, anatomy.sample)
+        with suppress(CertificateError), Flops() as own:
+            anatomy.certify()
+            if own.total == borrowed.total:
+                return anatomy
+    anatomy = _looked_up(model, sample)
     anatomy.certify()
+    return anatomy
+
+
+def _looked_up(model: nn.Module, sample: Mapping[str, Tensor] | None) -> Anatomy:
+    anatomy = Anatomy.of(model, sample)
+    anatomy.total()
+    anatomy.linears()
     return anatomy
 
 

@@ -125,7 +125,8 @@ class Lab:
 
     def part(self, sequences: int, length: int | None = None) -> Lab:
         """The same model and counters on at most so many sequences of the text, evenly chosen, cut to `length`."""
-        singles = [{k: v[i : i + 1, :length] for k, v in b.items()} for b in self.batches for i in range(len(real(b)))]
+        pairs = [(b, i) for b in self.batches for i in range(len(real(b)))]
+        singles = [{k: _cut(v[i : i + 1], real(b), length) for k, v in b.items()} for b, i in pairs]
         count = min(sequences, len(singles))
         chosen = [singles[i * len(singles) // count] for i in range(count)]
         part = self.on(chosen)
@@ -141,7 +142,12 @@ class Lab:
 
     def result(self, batch: Batch, *, head: bool = True, skipped: int = 0, count: bool = True) -> Any:
         """All that a forward of the model returns, without the head that of its body."""
-        inputs = {k: v.to(self.device) for k, v in batch.items() if k not in ASIDE}
+        dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
+        inputs = {
+            k: v.to(self.device, dtype) if v.is_floating_point() else v.to(self.device)
+            for k, v in batch.items()
+            if k not in ASIDE
+        }
         if count:
             tokens = int(real(batch).sum())
             self.counts.blocks += tokens * (self.depth - skipped)
@@ -212,6 +218,11 @@ class Lab:
         """Mean next-token loss in nats, the sites in `gone` ablated."""
         sums, counts = self.losses(gone)
         return float(sums.sum() / counts.sum())
+
+
+def _cut(row: Tensor, mask: Tensor, length: int | None) -> Tensor:
+    """The first `length` positions of an input that has a number for each token; any other input as it is."""
+    return row[:, :length] if row.ndim > 1 and row.shape[1] == mask.shape[1] and not row.is_floating_point() else row
 
 
 def sample_of(text: Tensor | Sequence[Batch]) -> dict[str, Tensor] | None:

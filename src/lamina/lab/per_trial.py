@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from lamina.lab.rows import Rows
     from lamina.lab.trials import Trial
 
-CHUNK = 64
-"""Positions whose outputs are compared at once, so that a large vocabulary stays in cache."""
+CHUNK = 1 << 18
+"""Numbers of an output that are compared at once, so that they stay in cache."""
 Sums = tuple[Tensor, Tensor]
 """Of each sequence the sum of a value, and how many positions it was summed over: float64 [sequences] each."""
 
@@ -64,14 +64,22 @@ def rise(trial: Trial) -> Sums:
     return values.sum(1), valid.sum(1).double()
 
 
-def over_outputs(trial: Trial, compare: Callable[[Tensor, Tensor], Tensor]) -> Sums:
-    """Sums of `compare(dense, thinned)`: [n, features] each, float32 → [n], on the outputs at all real positions."""
+Comparison = Callable[[Tensor, Tensor], Tensor]
+"""(dense, thinned) rows [n, features], float32 → [n]."""
+
+
+def over_outputs(trial: Trial, compare: Comparison) -> Sums:
+    """Sums of a comparison of the outputs over all real positions of each sequence."""
+    rows, values = compared(trial, compare)
+    return _sums(values, rows.sequence, rows.sequences)
+
+
+def compared(trial: Trial, compare: Comparison) -> tuple[Rows, Tensor]:
+    """The outputs' positions, and a comparison of the outputs at the real ones [n], float64."""
     rows, dense, thinned = paired(trial)
-    parts = [
-        compare(dense[i : i + CHUNK].float(), thinned[i : i + CHUNK].float()).double()
-        for i in range(0, len(dense), CHUNK)
-    ]
-    return _sums(torch.cat(parts), rows.sequence, rows.sequences)
+    size = max(1, CHUNK // dense.shape[-1])
+    pairs = zip(dense.split(size), thinned.split(size), strict=True)
+    return rows, torch.cat([compare(a.float(), b.float()).double() for a, b in pairs])
 
 
 def paired(trial: Trial) -> tuple[Rows, Tensor, Tensor]:
@@ -107,8 +115,8 @@ def expect_distributions(trial: Trial) -> None:
         raise UnsupportedError("the model's outputs are no distributions", where=trial.site.id, hint=hint)
 
 
-def over_states(trial: Trial, block: str, compare: Callable[[Tensor, Tensor], Tensor]) -> Sums:
-    """Sums of `compare(dense, thinned)`: [tokens, width] each, float32 → [tokens], on the streams behind a block."""
+def over_states(trial: Trial, block: str, compare: Comparison) -> Sums:
+    """Sums of a comparison of the streams behind a block over each sequence's tokens."""
     rows = rows_at(trial, block)
     return _sums(compare(*trial.states(block)).double(), rows.sequence, rows.sequences)
 

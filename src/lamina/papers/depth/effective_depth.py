@@ -33,6 +33,9 @@ FRONT = (
     "(front=0 takes all tokens)"
 )
 
+CELLS = 2**24
+"""Logits that are held at once."""
+
 
 def _not_negative(front: int) -> None:
     if front < 0:
@@ -173,15 +176,15 @@ def _lenses(sampled: Sampled, decode: Callable[[Tensor], Tensor], top: int) -> F
     from lamina.lab.sampled import Found, curves, over_sequences, sequences_of
     from lamina.maths.divergence import KLFrom
 
+    count = sampled.states.shape[1]
     final = decode(sampled.states[-1])
     divergence, top = KLFrom(final), min(top, final.shape[-1])
-    best = final.topk(top).indices
+    best = final.topk(top).indices.unsqueeze(2)
     kl, overlap = [], []
-    for states in sampled.states:
-        lens = decode(states)
-        kl.append(divergence(lens).double())
-        shared = lens.topk(top).indices.unsqueeze(1) == best.unsqueeze(2)
-        overlap.append(shared.any(2).double().mean(1))
+    for states in sampled.states.split(max(1, CELLS // final.numel())):  # a head's weights are read once for many rows
+        for lens in decode(states.flatten(0, 1)).split(count):
+            kl.append(divergence(lens).double())
+            overlap.append((lens.topk(top).indices.unsqueeze(1) == best).any(2).double().mean(1))
     per_token = torch.stack(kl).cpu().numpy()
     steps, errors = over_sequences(-np.diff(per_token, axis=0), 1.0, sequences_of(sampled))
     grid = curves(sampled.blocks, kl=per_token.mean(1), overlap=torch.stack(overlap).mean(1).cpu().numpy())

@@ -156,19 +156,19 @@ def _updates(site: Site, trial: Trial, front: int) -> list[Tensor]:
 
 def _output(trial: Trial, front: int) -> Tensor:
     """The largest change of the output, [sequences], float64."""
-    import torch
+    from lamina.lab.per_trial import compared
 
-    from lamina.lab.per_trial import paired
+    vectors = trial.objective.name == "output"
+    rows, values = compared(trial, _moved if vectors else _shifted)
+    return _largest(values, rows, front)
 
-    rows, dense, thinned = paired(trial)
-    parts = []
-    for start in range(0, len(dense), 64):
-        a, b = dense[start : start + 64].float(), thinned[start : start + 64].float()
-        if trial.objective.name == "output":
-            parts.append((a - b).norm(dim=-1) / a.norm(dim=-1).clamp_min(1e-30))
-        else:
-            parts.append((a.softmax(-1) - b.softmax(-1)).norm(dim=-1))
-    return _largest(torch.cat(parts), rows, front)
+
+def _moved(dense: Tensor, thinned: Tensor) -> Tensor:
+    return (dense - thinned).norm(dim=-1) / dense.norm(dim=-1).clamp_min(1e-30)
+
+
+def _shifted(dense: Tensor, thinned: Tensor) -> Tensor:
+    return (dense.softmax(-1) - thinned.softmax(-1)).norm(dim=-1)
 
 
 def _largest(values: Tensor, rows: Rows, front: int) -> Tensor:

@@ -55,8 +55,9 @@ JUMP, STILL = 1.1, 0.03
     deviations=(
         "the concept is made from the text itself, unless batches name one; the paper has nine sets of labelled texts",
         "states are the stream around blocks; the code probes the normed input of the MLP at the last token",
-        "whole sequences go to training or to the test, two fifths to the test; the code deals out texts at random",
+        "each of three parts of the sequences is the test once; the code tests on two fifths of its texts",
         "states are standardised and cut to their principal directions, for speed and so that the solver converges",
+        "the first token of a sequence is left out: in many models its huge norm would be the first direction",
         "a block is scored by the size of the step of the area under the curve: accuracy moves in coarse steps",
     ),
 )
@@ -66,10 +67,11 @@ class ConceptProbe:
 
     The concept is whether the next token is one of the text's commonest, as many as make up half of it; or, where
     batches hold "concept" [batch] (int, two values), that of the sequence. The probe is a logistic regression on
-    `directions` principal directions, with at most `iterations` steps. Grids: `probe`, accuracy, F1 and AUC on test
-    sequences at all depths; `points`, depths as shares of the blocks: the first with accuracy 1.1 times the last
-    one's (jump), the last with a change below 3 % (converge), the first of those that no other interrupts (settle),
-    the best (peak); NaN where there is none. There are no standard errors. Needs scikit-learn.
+    `directions` principal directions, with at most `iterations` steps; each of `folds` parts of the sequences is
+    predicted from the others. Grids: `probe`, accuracy, F1 and AUC at all depths; `points`, depths as shares of the
+    blocks: the first with accuracy 1.1 times the last one's (jump), the last with a change below 3 % (converge), the
+    first of those that no other interrupts (settle), the best (peak); NaN where there is none. There are no standard
+    errors. Needs scikit-learn.
     """
 
     card: ClassVar[Card]
@@ -78,8 +80,11 @@ class ConceptProbe:
     each: int = 8
     directions: int = 64
     iterations: int = 100
+    folds: int = 3
 
     def __post_init__(self) -> None:
+        if self.folds < 2:
+            raise ValueError(f"folds must be at least 2, not {self.folds}")
         if self.directions < 1 or self.iterations < 1:
             raise ValueError("directions and iterations must be at least 1")
 
@@ -137,29 +142,42 @@ class Concepts:
         return table(self.options.card.name, self.sample.stacks(), self._found)
 
     def _found(self, sampled: Sampled) -> Found:
-        from lamina.lab.sampled import Found, curves, kept, stack_of
+        from lamina.lab.sampled import Found, curves
 
+        sampled, labels = self._labelled(sampled)
+        parts = dealt(sampled.owner, self.options.folds)
+        values = np.unique(labels)
+        if len(values) != 2 or any(len(np.unique(labels[parts != p])) < 2 for p in np.unique(parts)):
+            raise UnsupportedError("the probe needs both classes in every training part", hint="give it more sequences")
+        labels, (_, limit) = (labels == values[1]).astype(np.int64), _expect_sklearn()
+        with limit(1, user_api="blas"):  # BLAS on several threads is slower on matrices this small
+            chances = [self._probed(states.numpy(), labels, parts) for states in sampled.states]
+        marks = np.array([marked(c, labels) for c in chances])
+        grid = curves(sampled.blocks, accuracy=marks[:, 0], f1=marks[:, 1], auc=marks[:, 2])
+        return Found(values=np.abs(np.diff(marks[:, 2])), grids={"probe": grid, "points": points(marks[:, 0])})
+
+    def _labelled(self, sampled: Sampled) -> tuple[Sampled, np.ndarray]:
+        """The rows that have a label, and their labels."""
+        from lamina.lab.sampled import kept, sampled_behind, stack_of
+
+        sampled = sampled_behind(sampled, 1)
         if self.labels:
-            by_rank = np.array([self.labels[k] for k in sorted(self.labels)])
-            labels = by_rank[sampled.owner]
-        elif sampled.next_ids is None:
+            return sampled, np.array([self.labels[k] for k in sorted(self.labels)])[sampled.owner]
+        if sampled.next_ids is None:
             raise UnsupportedError(
                 "positions are no tokens, so that text gives no concept", hint='give batches "concept"'
             )
-        else:
-            follows = sampled.next_ids.numpy()
-            sampled = kept(sampled, follows >= 0)
-            labels = np.isin(follows[follows >= 0], common(self.counts[stack_of(sampled.blocks)])).astype(np.int64)
-        test = held_out(sampled.owner)
-        values = np.unique(labels)
-        if len(values) != 2 or any(len(np.unique(labels[part])) < 2 for part in (test, ~test)):
-            raise UnsupportedError("the probe needs both classes in training and test", hint="give it more sequences")
-        labels = (labels == values[1]).astype(np.int64)
-        marks = np.array(
-            [probe(s.numpy(), labels, test, self.options.directions, self.options.iterations) for s in sampled.states]
-        )
-        grid = curves(sampled.blocks, accuracy=marks[:, 0], f1=marks[:, 1], auc=marks[:, 2])
-        return Found(values=np.abs(np.diff(marks[:, 2])), grids={"probe": grid, "points": points(marks[:, 0])})
+        sampled = kept(sampled, sampled.next_ids.numpy() >= 0)
+        follows: Any = sampled.next_ids
+        return sampled, np.isin(follows.numpy(), common(self.counts[stack_of(sampled.blocks)])).astype(np.int64)
+
+    def _probed(self, states: np.ndarray, labels: np.ndarray, parts: np.ndarray) -> np.ndarray:
+        """The chance of class 1 of every row [n], as probes fitted to the other parts have it."""
+        chances = np.zeros(len(labels))
+        for part in np.unique(parts):
+            test = parts == part
+            chances[test] = probe(states, labels, test, self.options.directions, self.options.iterations)
+        return chances
 
 
 def added(one: dict[int, int], other: dict[int, int]) -> dict[int, int]:
@@ -174,29 +192,30 @@ def common(counts: dict[int, int]) -> np.ndarray:
     return np.array(order[: int(np.abs(share - 0.5).argmin()) + 1] if order else [], dtype=np.int64)
 
 
-def held_out(owners: np.ndarray) -> np.ndarray:
-    """Which rows [n] are for the test: of every five sequences the second and fourth; of one sequence, of its rows."""
-    numbers = owners if len(np.unique(owners)) > 1 else np.arange(len(owners))
-    return np.isin(numbers % 5, (1, 3))
+def dealt(owners: np.ndarray, folds: int) -> np.ndarray:
+    """The part of each row [n]: sequences are dealt out in turn; of a single sequence, its rows are."""
+    return (owners if len(np.unique(owners)) > 1 else np.arange(len(owners))) % folds
 
 
-def probe(
-    states: np.ndarray, labels: np.ndarray, test: np.ndarray, directions: int, iterations: int
-) -> tuple[float, float, float]:
-    """Accuracy, F1 and area under the curve on the `test` rows of a logistic regression fitted to the others."""
+def probe(states: np.ndarray, labels: np.ndarray, test: np.ndarray, directions: int, iterations: int) -> np.ndarray:
+    """Chances of class 1 of the `test` rows, by a logistic regression fitted to the others."""
     import warnings
 
-    sklearn = _expect_sklearn()
+    sklearn, _ = _expect_sklearn()
     features = reduced(states, test, directions)
     model = sklearn.linear_model.LogisticRegression(max_iter=iterations)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a fit that is stopped early is still a probe
         model.fit(features[~test], labels[~test])
-    chance, truth = model.predict_proba(features[test])[:, 1], labels[test]
-    guess = (chance > 0.5).astype(np.int64)
-    metrics = sklearn.metrics
-    f1 = metrics.f1_score(truth, guess, zero_division=0.0)
-    return float((guess == truth).mean()), float(f1), float(metrics.roc_auc_score(truth, chance))
+    return model.predict_proba(features[test])[:, 1]
+
+
+def marked(chances: np.ndarray, labels: np.ndarray) -> tuple[float, float, float]:
+    """Accuracy, F1 and area under the curve."""
+    metrics = _expect_sklearn()[0].metrics
+    guess = (chances > 0.5).astype(np.int64)
+    f1 = metrics.f1_score(labels, guess, zero_division=0.0)
+    return float((guess == labels).mean()), float(f1), float(metrics.roc_auc_score(labels, chances))
 
 
 def reduced(states: np.ndarray, test: np.ndarray, directions: int) -> np.ndarray:
@@ -232,13 +251,14 @@ def points(accuracy: Array) -> Grid:
     return Grid(values=np.array([list(found.values())]), rows=("share of depth",), columns=tuple(found))
 
 
-def _expect_sklearn() -> Any:
-    """The package with the parts that are used. Raises InputError where it is missing."""
+def _expect_sklearn() -> tuple[Any, Any]:
+    """The package with the parts that are used, and what limits its threads. Raises InputError where it is missing."""
     try:
         import sklearn.linear_model
         import sklearn.metrics
+        from threadpoolctl import threadpool_limits
     except ImportError:
         raise InputError(
             "scikit-learn is missing", where="concept-probe", hint="pip install 'lamina[probes]'"
         ) from None
-    return sklearn
+    return sklearn, threadpool_limits

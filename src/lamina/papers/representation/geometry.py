@@ -36,8 +36,9 @@ PAPER = Paper(
     needs=Need.FORWARD,
     deviations=(
         "the number of neighbours, the ridge and the class of maps were not found in the paper: they are options",
-        "neighbours are nearest by angle, as norms differ by orders of magnitude between tokens",
+        "neighbours are nearest by angle and weigh the same, as norms differ by orders of magnitude between tokens",
         "the map is fitted to the update, so that the ridge pulls to the identity",
+        "the first token of a sequence is left out: in many models nothing is like it",
         "where the update is zero, nothing is left of it: the residual's share is 0",
     ),
 )
@@ -45,9 +46,9 @@ PAPER = Paper(
 class Tokenwise:
     """Keep what is no map of each token alone: ‖r‖²/‖d‖², averaged over tokens, of the update d = t + r.
 
-    t is what a map fitted to the token's `neighbours` nearest other tokens makes of it: diagonal, plus one of rank
-    `rank` on their principal directions. `ridge` is relative to the neighbours' energy. Grid `update`: the score, and
-    the mean cosines of d to t and to r.
+    t is what a map fitted to the token's `neighbours` nearest other tokens, all at norm 1, makes of it: diagonal, plus
+    one of rank `rank` on their principal directions. `ridge` is relative to the neighbours' energy. Grid `update`: the
+    score, and the mean cosines of d to t and to r.
     """
 
     card: ClassVar[Card]
@@ -78,18 +79,19 @@ class Tokenwise:
         import torch
 
         from lamina.core.scores import Grid
-        from lamina.lab.sampled import Found, over_sequences, sequences_of
+        from lamina.lab.sampled import Found, over_sequences, sampled_behind, sequences_of
 
+        sampled = sampled_behind(sampled, 1)
         itself = torch.from_numpy(
             (sampled.owner[:, None] == sampled.owner) & (sampled.position[:, None] == sampled.position)
         )
         shares, cosines = [], []
         for before, behind in zip(sampled.states[:-1], sampled.states[1:], strict=True):
-            update = behind - before
-            near = nearest(before, itself, self.neighbours)
-            own = tokenwise(before, update, near, self.rank, self.ridge)
+            norms = before.double().norm(dim=1, keepdim=True).clamp_min(1e-300)
+            units, update = before / norms, (behind - before) / norms
+            own = tokenwise(units, update, nearest(units, itself, self.neighbours), self.rank, self.ridge)
             left = update - own
-            energy = (update**2).sum(1).double()
+            energy = (update**2).sum(1)
             shares.append(((left**2).sum(1) / energy.clamp_min(1e-300)) * (energy > 0))
             cosines.append((_cosine(update, own), _cosine(update, left)))
         value, error = over_sequences(torch.stack(shares).numpy(), 1.0, sequences_of(sampled))

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lamina.core.papers import Card
     from lamina.lab import Lab, Taps
     from lamina.lab.lab import Batch
+    from lamina.lab.trials import Trial
 
 PAPER = Paper(
     key="lecun1990obd",
@@ -142,12 +143,27 @@ def _parts(taps: Taps, slope: Tensor, along: Tensor, chunk: int, window: int) ->
     part = torch.where(taps.ff > 0, (taps.ff.double() / taps.xx.double().clamp_min(1e-30)).sqrt(), 0.0)
     bend = summed(part, place, total) * curvature.sqrt()
     owner = torch.repeat_interleave(torch.arange(taps.sequences, device=lengths.device), windows)
+    predicted = (lengths - 1).clamp_min(0).double()
+    told = _predicted(taps)
+    apart = torch.ones_like(predicted)
+    if told is not None and bool((told != predicted).any()):  # an encoder's stream: the decoder's tokens are predicted
+        predicted, apart = told, (told / lengths.clamp_min(1)).sqrt()
     rows = (
         summed(slope, taps.sequence, taps.sequences),
-        summed(bend, owner, taps.sequences),
-        (lengths - 1).clamp_min(0).double(),
+        summed(bend, owner, taps.sequences) * apart,
+        predicted,
     )
     return tuple(r.cpu().numpy() for r in rows)  # type: ignore[return-value]
+
+
+def _predicted(taps: Taps) -> Tensor | None:
+    """How many tokens each sequence predicts, float64 [sequences]; None where a model reads no tokens."""
+    from lamina.lab.rows import ids_of, real
+
+    batch = taps.rows.batch
+    if ids_of(batch) is None or len(real(batch)) != taps.sequences:
+        return None
+    return (real(batch).sum(1) - 1).clamp_min(0).double()
 
 
 @measure(
@@ -173,7 +189,7 @@ class Damage:
     Gauss-Newton matrix) or "both". z·f is summed over `chunk` positions before it is squared, F is averaged over
     `window` positions before its root is taken. `kappa`: None fits it to eight true ablations of late sublayers, two
     on each of four sequences, at most one forward in all: fewer where there are fewer sequences. With one or two
-    sequences, or several stacks, it is that of SmolLM2-135M. `seed`: of the random probe; None takes the lab's.
+    sequences it is that of SmolLM2-135M. `seed`: of the random probe; None takes the lab's.
     `sequences`: so many of the text, evenly chosen, and their first `length` tokens; None takes all.
     """
 
@@ -237,25 +253,35 @@ def fitted(lab: Lab, tally: DamageTally, default: float) -> float:
     They are those of median predicted damage; each of up to four sequences tries two of them. As many sequences as
     cost at most one forward over the text, prefixes reused; `default` where that is none.
     """
-    from lamina.lab import Judge
+    from lamina.lab.trials import Trials
 
-    if len(lab.anatomy.stacks) != 1:
-        return default
-    blocks = lab.anatomy.stacks[0].blocks
+    blocks = [b for k in lab.anatomy.stacks for b in k.blocks]
     scores = tally.scores()
     late = {x.site.id: n for n, b in enumerate(blocks) for x in b.branches if n >= len(blocks) // 2}
     ranked = sorted((s for s in late if tally.parts[s].bend.any()), key=lambda s: scores[s])
     found = []
     for sequence, batch, sites in _trials(lab, ranked, {s: 1 - n / len(blocks) for s, n in late.items()}):
-        bench = lab.on([batch])
-        judge = Judge(bench, "loss")
+        bench, rises = lab.on([batch]), _Rises()
+        Trials(bench).run([rises], [lab.anatomy.site(s) for s in sites])
         for parts, site in ((tally.parts[s], s) for s in sites):
-            rise = judge.value([site]) * parts.count[sequence] - parts.slope[sequence]
+            rise = rises.found[site] - parts.slope[sequence]
             found += [rise / parts.bend[sequence]] if parts.bend[sequence] > 0 else []
         lab.counts.blocks += bench.counts.blocks
         lab.counts.heads += bench.counts.heads
         lab.progress("ablations", len(found), TRIALS * EACH)
     return float(np.clip(np.median(found), default / BOUNDS, default * BOUNDS)) if found else default
+
+
+class _Rises:
+    """Notes what each trial costs, summed over positions."""
+
+    kinds = tuple(SUBLAYERS)
+
+    def __init__(self) -> None:
+        self.found: dict[str, float] = {}
+
+    def add(self, site: Site, trial: Trial) -> None:
+        self.found[site.id] = float(trial.rise[0].sum())
 
 
 def _trials(lab: Lab, ranked: Sequence[str], shares: Mapping[str, float]) -> list[tuple[int, Batch, Sequence[str]]]:

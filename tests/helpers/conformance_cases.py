@@ -1,0 +1,33 @@
+"""Method × check, as test cases: the suite is shared out over two files, so that they can run at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from lamina.core.papers import Card, Need
+from lamina.core.registry import ROLES
+from lamina.testing import checks_for, known_failures
+
+
+def runs_much(card: Card) -> bool:
+    """Whether a measure takes gradients, or leaves sites out: these have a file of their own."""
+    return card.role == "measure" and card.needs > Need.FORWARD
+
+
+def cases(wanted: Callable[[Card], bool]) -> Iterator[Any]:
+    """A case for each check that applies to a method whose card is `wanted`; known failures must fail."""
+    for role, registry in ROLES.items():
+        for name in registry:
+            if not wanted(registry.card(name)):
+                continue
+            method = type(registry.make(name))
+            known = known_failures(method)
+            for check in checks_for(role, method):
+                word = check.__name__.removeprefix("check_")
+                marks = (
+                    [pytest.mark.xfail(strict=True, reason=known[check.__name__])] if check.__name__ in known else []
+                )
+                yield pytest.param(method, check, id=f"{role}-{name}-{word}", marks=marks)

@@ -23,15 +23,18 @@ from transformers import T5ForConditionalGeneration as T5
 from lamina.anatomy import Anatomy
 from lamina.anatomy.trace import Flops
 from lamina.core import registry
+from lamina.core.documents import Step
 from lamina.core.errors import CertificateError, InputError, LaminaError, UnsupportedError
 from lamina.core.papers import Need
 from lamina.core.scores import Scores
 from lamina.core.sites import Kind
+from lamina.exporters.hf import save_checkpoint
 from lamina.lab import Lab
 from lamina.lab import disk as disk_module
 from lamina.lab._disk_weights import OnDisk, is_light
 from lamina.lab.disk import anatomy_of, lending, open_streamed, streamed, weights_of
 from lamina.lab.load import load_weights, quiet
+from lamina.rewrites.drop import Drop
 from lamina.testing.models import NanoGPT, lively, padded, text, tiny
 
 NAMES = ("llama", "gpt2", "gpt_neox", "gemma2", "mixtral")
@@ -536,12 +539,39 @@ def test_tied_weights_that_are_stored_twice(tmp_path: Path, alike: bool) -> None
     assert Anatomy.of(there).total() == Anatomy.of(loaded).total()
 
 
+def test_weights_lie_where_safetensors_has_them(folder: Callable[..., Path]) -> None:
+    """Kernels add up in another order where numbers are aligned otherwise."""
+    loaded, there = load_weights(folder(), dtype=torch.float32), opening(folder())
+    for name, weight in loaded.named_parameters():
+        mine: Any = there.get_parameter(name)
+        numbers = mine.numbers() if isinstance(mine, OnDisk) else mine
+        assert numbers.data_ptr() % 64 == weight.data_ptr() % 64, name
+        assert mine.requires_grad == weight.requires_grad
+
+
 def test_one_file_without_an_index(tmp_path: Path) -> None:
     model = tiny("llama", tie_word_embeddings=True)
     with quiet():
         model.save_pretrained(tmp_path)
     with torch.no_grad():
         assert torch.equal(opening(tmp_path)(text()).logits, model(text()).logits)
+
+
+def test_a_checkpoint_with_code_of_its_own(tmp_path: Path) -> None:
+    """A thinned one: some sublayers are gone, which its config alone can't say."""
+    model: Any = tiny("llama")
+    receipt = Drop().apply(Step(rewrite="drop", sites=("block.0.attention", "block.2.mlp")), Lab(model, text()))
+    save_checkpoint(model, [receipt], None, tmp_path / "out")
+    with refused("Python code"):
+        opening(tmp_path / "out")
+    there = open_streamed(tmp_path / "out", dtype=torch.float32, trust_remote_code=True)
+    with torch.no_grad():
+        assert torch.equal(there(text()).logits, model(text()).logits)
+    memory = Lab(model, text(5, 12), batch_size=2)
+    disk = Lab(there, text(5, 12), anatomy=anatomy_of(there), batch_size=2)
+    expect_same(
+        streamed(disk, tallies(disk.anatomy, ("cosine",)))[0], memory.stream(tallies(memory.anatomy, ("cosine",)))[0]
+    )
 
 
 # ---------------------------------------------------------------- what can't be surveyed block by block
@@ -581,6 +611,27 @@ def test_a_model_in_memory_may_be_streamed_too() -> None:
     lab = Lab(model, text(5, 12), batch_size=2)
     expect_same(streamed(lab, tallies(lab.anatomy, ("cosine",)))[0], lab.stream(tallies(lab.anatomy, ("cosine",)))[0])
     assert weights_of(model) is None
+
+
+def test_a_proof_that_borrowed_weights_spoil_is_made_again(
+    folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = open_streamed(folder(), dtype=torch.float32)
+    weights, right, tried = weights_of(there), disk_module.prove, list[bool]()
+    assert weights is not None
+
+    def spoilt(anatomy: Anatomy, given: Any) -> None:
+        tried.append(weights._lent is not None)
+        if tried[-1]:
+            raise UnsupportedError("infinite")
+        right(anatomy, given)
+
+    monkeypatch.setattr(disk_module, "prove", spoilt)
+    lab = Lab(there, text(), anatomy=anatomy_of(there))
+    streamed(lab, [])
+    assert tried == [True, True, False]
+    streamed(lab, [])
+    assert len(tried) == 3
 
 
 @pytest.mark.parametrize("why", ["products", "certificate"])

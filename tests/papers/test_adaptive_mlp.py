@@ -1,4 +1,4 @@
-"""Adaptive MLP Pruning (arXiv 2603.08100): first-order terms of the entropy, sequence by sequence, by plain autograd."""
+"""Adaptive MLP Pruning (arXiv 2603.08100): the entropy's first-order terms by plain autograd."""
 
 from __future__ import annotations
 
@@ -128,9 +128,10 @@ def test_the_term_is_what_a_small_cut_changes() -> None:
 
 
 def test_vectors_have_no_entropy() -> None:
+    model: Any = vit()
+    lab = Lab(model.vit, [{"pixel_values": torch.zeros(2, 3, 8, 8)}])
     with pytest.raises(UnsupportedError, match="no distributions"):
-        model: Any = vit()
-        MEASURES.make("entropy-taylor").measure(Lab(model.vit, [{"pixel_values": torch.zeros(2, 3, 8, 8)}]))
+        MEASURES.make("entropy-taylor").measure(lab)
 
 
 def test_experts_have_no_neurons_here() -> None:

@@ -45,6 +45,16 @@ def test_the_probe_is_a_logistic_regression() -> None:
     assert 0.7 < got[0] < 1
 
 
+def test_marks_are_those_of_scikit_learn() -> None:
+    from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
+
+    draw = np.random.default_rng(3)
+    chances, y = draw.integers(0, 7, 50) / 7, draw.integers(0, 2, 50)  # with ties
+    guess = chances > 0.5
+    wanted = accuracy_score(y, guess), f1_score(y, guess), roc_auc_score(y, chances)
+    assert marked(chances, y) == pytest.approx(wanted)
+
+
 def test_all_directions_are_a_rotation_of_the_standardised_states() -> None:
     """So that a penalty on the weights' norm is the same."""
     x = np.random.default_rng(1).normal(size=(30, 5)) * [1, 2, 3, 4, 0] + 7

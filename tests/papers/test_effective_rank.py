@@ -19,7 +19,7 @@ from lamina.testing.models import padded, text, tiny
 
 
 def measured(lab: Lab, **options: Any) -> Scores:
-    return MEASURES.make("effective-rank", options).measure(lab)
+    return MEASURES.make("effective-rank", {"every": 1, **options}).measure(lab)
 
 
 @torch.no_grad()
@@ -85,7 +85,7 @@ def test_scale_does_not_matter_but_the_inputs_do() -> None:
     before = measured(Lab(model, ids))
     with torch.no_grad():
         model.model.layers[3].mlp.up_proj.weight.mul_(4)
-    assert measured(Lab(model, ids))["block.3.mlp.up_proj"] == pytest.approx(before["block.3.mlp.up_proj"], rel=1e-9)
+    assert measured(Lab(model, ids))["block.3.mlp.up_proj"] == pytest.approx(before["block.3.mlp.up_proj"], rel=1e-6)
     assert measured(Lab(model, text(8, 40, seed=1)))["block.0.mlp.up_proj"] != before["block.0.mlp.up_proj"]
 
 
@@ -103,7 +103,7 @@ def test_the_error_is_the_jackknife_over_four_groups(batch_size: int) -> None:
 
 def test_parts_of_a_text_have_the_groups_of_the_whole() -> None:
     model, ids = tiny("llama"), text(10, 12)
-    lab, measure = Lab(model, ids), MEASURES.make("effective-rank")
+    lab, measure = Lab(model, ids), MEASURES.make("effective-rank", {"every": 1})
     whole = measured(lab)
     parts = []
     for first, last in ((0, 3), (3, 4), (4, 10)):
@@ -112,7 +112,7 @@ def test_parts_of_a_text_have_the_groups_of_the_whole() -> None:
         parts.append(tally)
     together = parts[2].merge(parts[0]).merge(parts[1]).scores()
     for site in whole.values:
-        assert together[site] == pytest.approx(whole[site], rel=1e-9)
+        assert together[site] == pytest.approx(whole[site], rel=1e-6)
         assert together.stderr[site] == pytest.approx(whole.stderr[site], rel=1e-6)
 
 
@@ -122,7 +122,7 @@ def test_one_group_has_no_error() -> None:
     assert all(np.isnan(e).all() for e in measured(Lab(model, ids[:1])).stderr.values())
     assert all(np.isnan(e).all() for e in single.stderr.values())
     for site in whole.values:
-        assert single[site] == pytest.approx(whole[site], rel=1e-9)
+        assert single[site] == pytest.approx(whole[site], rel=1e-6)
     with pytest.raises(InputError, match="groups must be"):
         MEASURES.make("effective-rank", {"groups": 0})
 

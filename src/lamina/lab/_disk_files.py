@@ -35,6 +35,8 @@ DTYPES: dict[str, torch.dtype] = {
 """Names of number types in safetensors files → torch's."""
 CHUNK = 1 << 24
 """Bytes that are compared at a time."""
+LINE = 64
+"""Bytes by which torch aligns what it allocates."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,10 @@ class Stored:
             return torch.empty(self.shape, dtype=dtype or self.dtype)
         start = self.begin // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
         with self.open() as file:
-            mapped = mmap.mmap(file.fileno(), self.end - start, access=mmap.ACCESS_COPY, offset=start)
+            try:
+                mapped = mmap.mmap(file.fileno(), self.end - start, access=mmap.ACCESS_COPY, offset=start)
+            except OSError as error:
+                raise InputError(f"can't map {self.nbytes:,} bytes: {error.strerror}", where=self.file) from error
         if whole and hasattr(mapped, "madvise"):
             mapped.madvise(mmap.MADV_WILLNEED)
         count = self.nbytes // self.dtype.itemsize
@@ -99,6 +104,16 @@ class Stored:
                 if mine.read(size) != yours.read(size):
                     return False
         return True
+
+
+def unmapped(tensor: Tensor) -> Tensor:
+    """A copy that lies as far from a multiple of 64 bytes as the tensor does."""
+    size = tensor.numel() * tensor.element_size()
+    room = torch.empty(size + LINE, dtype=torch.uint8)
+    shift = (tensor.data_ptr() - room.data_ptr()) % LINE
+    if not tensor.is_contiguous() or shift % tensor.element_size():
+        return tensor.clone()
+    return room[shift : shift + size].view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
 def _stamp(file: BinaryIO) -> tuple[int, int]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lamina.core.errors import InputError, LaminaError, UnsupportedError
-from lamina.lab._disk_files import Stored, stored
+from lamina.lab._disk_files import Stored, stored, unmapped
 from lamina.lab._disk_weights import Recipe, Weights, is_light
 from lamina.lab.checkpoint import read_config, weight_files
 from lamina.lab.load import quiet
@@ -113,7 +113,7 @@ def _drafts(skeleton: Any, tensors: Mapping[str, Stored]) -> list[Draft]:
     for key in sorted(tensors, key=dot_natural_key):
         name, pattern = rename_source_key(key, renamings, converters, prefix, known)
         if name not in known and key in known:
-            name, pattern = rename_source_key(key, [], [], base_model_prefix=prefix, meta_state_dict=known)
+            name, pattern = rename_source_key(key, [], [], prefix, known)
         if name in known:
             draft = drafts.setdefault(name, Draft(name, by_pattern[pattern] if pattern is not None else None))
             draft.sources.append((pattern or key, key, tensors[key]))
@@ -201,7 +201,7 @@ def _hollow(
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    mode = FakeTensorMode()
+    mode = FakeTensorMode(allow_non_fake_inputs=True)  # some models compute what they would start from
 
     def fake(source: Stored) -> Tensor:
         with mode:
@@ -247,10 +247,9 @@ def _filled(model: nn.Module, targets: Mapping[str, tuple[Draft, tuple[int, ...]
         if id(draft) not in recipes:
             recipes[id(draft)] = _recipe(model, draft, targets, dtypes)
         if key in module._buffers:
-            module._buffers[key] = recipes[id(draft)].make()[name].clone()
+            module._buffers[key] = unmapped(recipes[id(draft)].make()[name])
             continue
-        made = recipes[id(draft)].make()[name] if is_light(tensor) else _nothing(tensor)
-        made = made.clone() if tensor.ndim < 2 else made
+        made = unmapped(recipes[id(draft)].make()[name]) if is_light(tensor) else _nothing(tensor)
         mine[id(tensor)] = module._parameters[key] = nn.Parameter(made, requires_grad=tensor.requires_grad)
     for module, key, _, tensor in _tensors(model):  # those that are tied to one of them
         if key in module._parameters:

@@ -254,7 +254,6 @@ class Weights:
             if dtype not in self._empty:
                 self._empty[dtype] = torch.full((1,), float("nan") if dtype.is_floating_point else 0).to(dtype)
             parameter.data = self._empty[dtype].expand(parameter.shape)
-            torch.autograd.graph.increment_version(parameter)  # a backward that needs it fails
             parameter.__class__ = OnDisk
 
     def _let_go(self, names: Iterable[str]) -> None:
@@ -307,8 +306,7 @@ class Weights:
             if not names:
                 return
             called._forward_hooks.move_to_end(closing.id)  # others' hooks may still look at the weights
-            if block:
-                _expect_no_gradients(path, called.parameters(), (*args, *kwargs.values()))
+            _expect_no_gradients(path, called.parameters(), (*args, *kwargs.values()))
             self.release(path)
             self._fill(names, path)
 

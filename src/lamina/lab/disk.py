@@ -71,19 +71,26 @@ def anatomy_of(model: nn.Module, sample: Mapping[str, Tensor] | None = None) -> 
     depends on its weights' values (how much it computes, or what happens to its stream), it is found with its own.
     """
     if weights_of(model) is not None:
-        with lending(model):
-            anatomy = _looked_up(model, sample)
-            with suppress(UnsupportedError):  # `streamed` will say so
-                _expect_proved(anatomy)
-            with Flops() as borrowed, evaluating(model):
-                call(model, anatomy.sample)
-        with suppress(CertificateError), Flops() as own:
-            anatomy.certify()
-            if own.total == borrowed.total:
+        with suppress(CertificateError, UnsupportedError):
+            anatomy, products = _borrowed(model, sample)
+            with Flops() as own:
+                anatomy.certify()
+            if own.total == products:
                 return anatomy
     anatomy = _looked_up(model, sample)
     anatomy.certify()
     return anatomy
+
+
+def _borrowed(model: nn.Module, sample: Mapping[str, Tensor] | None) -> tuple[Anatomy, int]:
+    """The anatomy as it is with borrowed weights, and the FLOPs of a forward on its sample."""
+    with lending(model):
+        anatomy = _looked_up(model, sample)
+        with suppress(UnsupportedError):  # `streamed` looks again, and says so
+            _prove(anatomy)
+        with Flops() as counter, evaluating(model):
+            call(model, anatomy.sample)
+    return anatomy, counter.total
 
 
 def _looked_up(model: nn.Module, sample: Mapping[str, Tensor] | None) -> Anatomy:
@@ -117,7 +124,7 @@ def streamed(lab: Lab, tallies: Iterable[Tally], *, scratch: Path | None = None,
     return [tally.scores() for tally in tallies]
 
 
-def _expect_proved(anatomy: Anatomy) -> None:
+def _prove(anatomy: Anatomy) -> None:
     """Raise UnsupportedError where running block by block is not what the model does; told once for each anatomy."""
     expect_walkable(anatomy)
     if anatomy not in _PROVED:
@@ -126,14 +133,16 @@ def _expect_proved(anatomy: Anatomy) -> None:
 
 
 def _prepare(anatomy: Anatomy, tallies: list[Tally]) -> None:
-    """With borrowed weights: prove that the walk is the model's own, and find what the tallies will look up."""
+    """Prove that the walk is the model's own, with borrowed weights if these will do; find what will be looked up."""
     wants = wants_of(tallies)
     with lending(anatomy.model):
-        _expect_proved(anatomy)
+        with suppress(UnsupportedError):
+            _prove(anatomy)
         if "linears" in wants:
             anatomy.linears()
         for site in anatomy.sublayers if "inner" in wants else ():
             inner_path(anatomy, site)
+    _prove(anatomy)
 
 
 def _through(

@@ -18,7 +18,7 @@ from lamina.lab.attention import Attention, attention_recorded
 from lamina.lab.feed import Extras, Feeder, inner_path, inputs_noted, wants_of
 from lamina.lab.lab import Lab
 from lamina.lab.objective import objective_of, output_of
-from lamina.lab.probes import PROBES, cotangents
+from lamina.lab.probes import PROBES, cotangents, refusal
 from lamina.lab.rows import Rows, real
 
 if TYPE_CHECKING:
@@ -53,6 +53,9 @@ class _Graded:
         taps.weights = self.found.weights.pop(site.id, {})
         for tally in self.tallies:
             names = list(getattr(tally, "probes", self.found.probes))
+            if why := next((self.found.refused[n] for n in names if n in self.found.refused), ""):
+                _refuse(tally, why)
+                continue
             taps.gradient = torch.stack([gradients[p] for p in names]) if gradients else None
             taps.inner_gradient = torch.stack([inner[p] for p in names]) if inner else None
             if site.kind is not Kind.LINEAR or "linears" in getattr(tally, "wants", ()):
@@ -67,14 +70,23 @@ class _Graded:
         raise TypeError("ask the tallies")
 
 
+def _refuse(tally: Any, why: str) -> None:
+    """Tell a tally that its probe can't be taken; raises UnsupportedError where it stands for itself."""
+    if not hasattr(tally, "refuse"):
+        raise UnsupportedError(why, where="gradients")
+    tally.refuse(why)
+
+
 @dataclass(eq=False)
 class _Found:
     """The gradients of one batch, by site and probe: along the stream, and with respect to the inner inputs.
 
-    `weights`: by sublayer and parameter, the parameter and the gradient of the summed loss.
+    `weights`: by sublayer and parameter, the parameter and the gradient of the summed loss. `refused`: probes that this
+    model's outputs don't allow, and why.
     """
 
     probes: Sequence[str]
+    refused: dict[str, str] = field(default_factory=dict[str, str])
     sites: dict[str, dict[str, Tensor]] = field(default_factory=dict[str, dict[str, Tensor]])
     inner: dict[str, dict[str, Tensor]] = field(default_factory=dict[str, dict[str, Tensor]])
     weights: dict[str, dict[str, tuple[Tensor, Tensor]]] = field(default_factory=dict)
@@ -218,8 +230,10 @@ def _one_batch(
         result = lab.result(rows.batch)
     out, objective = output_of(result), objective_of(lab.model, result)
     del result
-    found = _Found(probes)
-    if out.requires_grad:
+    refused = {p: why for p in probes if (why := refusal(p, objective))}
+    probes = [p for p in probes if p not in refused]
+    found = _Found(probes, refused)
+    if out.requires_grad and probes:
         _differentiate(
             lab, rows, out, cotangents(out.detach(), objective, rows, probes, seed), passed, extras, found, weights
         )

@@ -37,6 +37,10 @@ class Guarded:
             except UnsupportedError as error:
                 self.why = str(error)
 
+    def refuse(self, why: str) -> None:
+        """Take note that the model does not allow the measure."""
+        self.why = self.why or why
+
     def merge(self, other: Any) -> Any:
         """Not for merging: what it guards is."""
         raise TypeError("merge the tallies themselves")

@@ -21,7 +21,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lamina.core.errors import UnsupportedError
 from lamina.lab.objective import Objective
 from lamina.lab.rows import Rows
 
@@ -53,6 +52,12 @@ def _entropy(p: Tensor, _: Tensor | None, __: torch.Generator) -> Tensor:
 PROBES: dict[str, Probe] = {"loss": _loss, "fisher": _fisher, "entropy": _entropy}
 
 
+def refusal(probe: str, objective: Objective) -> str:
+    """Why a probe can't be taken of a model's outputs; '' where it can."""
+    vectors = probe == "entropy" and objective.name == "output"
+    return "the model's outputs are no distributions, so they have no entropy" if vectors else ""
+
+
 @torch.no_grad()
 def cotangents(out: Tensor, objective: Objective, rows: Rows, probes: Sequence[str], seed: int) -> list[Tensor]:
     """One cotangent, shaped like the output, per probe; one softmax, sequence by sequence, serves all."""
@@ -79,10 +84,6 @@ def cotangents(out: Tensor, objective: Objective, rows: Rows, probes: Sequence[s
 
 def _vector(y: Tensor, probe: str, noise: torch.Generator) -> Tensor:
     """The cotangent on outputs that are vectors."""
-    if probe == "entropy":
-        raise UnsupportedError(
-            "the model's outputs are no distributions, so they have no entropy", where="probe entropy"
-        )
     if probe == "loss":
         return torch.zeros_like(y)
     drawn = torch.randn(y.shape, generator=noise).to(y.device)

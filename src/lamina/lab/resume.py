@@ -118,9 +118,17 @@ class Resumed:
 
         Raises UnsupportedError where the model predicts no next tokens.
         """
+        self.expect_losses()
+        return sequence_losses(out, self.rows.batch)
+
+    def expect_losses(self) -> None:
+        """Raise UnsupportedError where the model predicts no next tokens."""
         if self.objective.name != "next-token":
             raise UnsupportedError("the model predicts no next tokens, so there is no loss")
-        return sequence_losses(out, self.rows.batch)
+
+    def later(self, block: str) -> int:
+        """How many blocks run behind a block."""
+        return len(self.order) - 1 - self.order.index(block)
 
     def _run(self, act: Call) -> tuple[Any, Counter[str]]:
         calls = Counter[str]()

@@ -1,4 +1,4 @@
-"""Adaptive MLP Pruning: a neuron is worth what the entropy of the model's own predictions says of it, without labels."""
+"""Adaptive MLP Pruning: neurons matter as far as the entropy of the model's own predictions hangs on them."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ PAPER = Paper(
     needs=Need.GRADIENT,
     status="stable",
     deviations=(
-        "the entropy is that of the distributions that the model gives; the paper makes its own, of an image's features "
-        "against those of the other images in the batch",
+        "the entropy is that of the distributions that the model gives; the paper makes its own, of an image's "
+        "features against those of the other images in the batch",
         "a model that predicts tokens gives one at each position: their entropies are summed over a sequence, but for "
         "the last position's",
         "no search for how many of each MLP's neurons stay",

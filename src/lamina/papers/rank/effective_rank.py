@@ -40,6 +40,7 @@ PAPER = Paper(
         "every map is a group of its own; the paper joins maps of two neighbouring layers where keys are not shared",
         "the spectrum comes from the second moment of the map's outputs, which has the same one: no Cholesky factor, "
         "and none of the jitter that the code adds where the inputs' moment is singular",
+        "moments are summed over one token of four, chosen by its key (every=1 takes all, as the paper does)",
     ),
 )
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,8 @@ class EffectiveRank:
     """exp(-Σ p ln p), p the squared singular values of S W over their sum, SᵀS = XᵀX the moment of the map's inputs.
 
     1 for a map of rank one, min(inputs, outputs) for a flat spectrum. The error is that of a jackknife over
-    `groups` groups of sequences, each with sums of its own; 1 saves their memory and time, and gives no error.
+    `groups` groups of sequences, each with sums of its own; 1 saves their memory and time, and gives no error. One
+    token of `every` is taken: with few of them the rank is that of the tokens and not of the map.
     """
 
     card: ClassVar[Card]
@@ -57,14 +59,17 @@ class EffectiveRank:
     }
 
     groups: int = 4
+    every: int = 4
 
     def __post_init__(self) -> None:
         if self.groups < 1:
             raise ValueError(f"groups must be at least 1, not {self.groups}")
+        if self.every < 1:
+            raise ValueError(f"every must be at least 1, not {self.every}")
 
     def tally(self, anatomy: Anatomy) -> Moments:
         """Second moments of all maps."""
-        return Moments(self.card.name, anatomy, self.groups)
+        return Moments(self.card.name, anatomy, self.groups, self.every)
 
     def measure(self, lab: Lab) -> Scores:
         """One forward over the text."""
@@ -79,8 +84,8 @@ class Moments:
 
     wants: ClassVar[frozenset[str]] = frozenset({"linears"})
 
-    def __init__(self, measure: str, anatomy: Anatomy, groups: int) -> None:
-        self.measure, self.anatomy, self.groups = measure, anatomy, groups
+    def __init__(self, measure: str, anatomy: Anatomy, groups: int, every: int) -> None:
+        self.measure, self.anatomy, self.groups, self.every = measure, anatomy, groups, every
         self.sums: dict[str, dict[int, Tensor]] = {}
 
     def add(self, site: Site, taps: Taps) -> None:
@@ -89,19 +94,21 @@ class Moments:
 
         if site.kind is not Kind.LINEAR:
             return
-        weight, seen = self.anatomy.weight(site).detach(), taps.x.double()
+        rows = taps.rows
+        taken = torch.from_numpy(np.flatnonzero(rows.keys % np.uint64(self.every) == 0))
+        weight, seen = self.anatomy.weight(site).detach(), taps.entering[taken].float()
         if weight.shape[0] <= weight.shape[1]:
-            seen = seen @ weight.double().T
-        groups = torch.from_numpy((taps.rows.owners % self.groups).astype(np.int64))
-        group = groups[taps.sequence.cpu()].to(seen.device)
+            seen = seen @ weight.float().T
+        groups = torch.from_numpy((rows.owners % np.uint64(self.groups)).astype(np.int64))
+        group = groups[taps.sequence.cpu()[taken]].to(seen.device)
         held = self.sums.setdefault(site.id, {})
         for number in group.unique().tolist():
             own = seen[group == number]
-            held[number] = held.get(number, 0) + own.T @ own
+            held[number] = held.get(number, 0) + (own.T @ own).double()
 
     def merge(self, other: Self) -> Self:
         """The tally of both parts."""
-        both = type(self)(self.measure, self.anatomy, self.groups)
+        both = type(self)(self.measure, self.anatomy, self.groups, self.every)
         for part in (self, other):
             for site, held in part.sums.items():
                 mine = both.sums.setdefault(site, {})

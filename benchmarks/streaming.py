@@ -23,7 +23,10 @@ from common import machine, table
 
 SPARE = 500
 """MB that a survey may take beside two blocks and the states."""
-MEASURES = "cosine block-influence angular adjacent-similarity energy variance-growth relative-contribution"
+MEASURES = (
+    "cosine block-influence angular adjacent-similarity contribution-cosine variance-growth relative-contribution "
+    "tokenwise"
+)
 PAIR = 2
 """Layers in a shard."""
 
@@ -33,7 +36,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, required=True, help="where the checkpoint is made; must not exist")
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--threads", type=int, default=2)
@@ -100,7 +103,7 @@ def forget(folder: Path) -> None:
 
 
 def peak() -> float:
-    """The peak of this process's resident memory so far, in MB."""
+    """The peak of this process's resident memory since it was last cleared, in MB."""
     rows = Path("/proc/self/status").read_text().splitlines()
     return next(int(row.split()[1]) / 1024 for row in rows if row.startswith("VmHWM"))
 
@@ -120,6 +123,7 @@ def child(given: argparse.Namespace) -> None:
     def phase(name: str, work: Any) -> Any:
         if given.cold:
             forget(given.folder)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         began, before = time.perf_counter(), weights.bytes if weights else 0
         made = work()
         taken = time.perf_counter() - began

@@ -243,8 +243,8 @@ def test_a_budget_that_can_not_be_met(thin: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (("survey", "{model}", "--measures", "cosin"), ("did you mean cosine?",)),
-        (("show", "cosin"), ("did you mean cosine?",)),
+        (("survey", "{model}", "--measures", "cosin"), ("did you mean cosine",)),
+        (("show", "cosin"), ("did you mean cosine",)),
         (("cite", "shortgtp"), ("did you mean shortgpt?",)),
         (("cite", "lowest"), ("lamina's own",)),
         (("methods", "--role", "mesure"), ("did you mean measure?",)),

@@ -21,6 +21,8 @@ FILE = Path(__file__).parent.parent / "tests" / "golden" / "smollm2.json"
 MODEL = "smollm2-135m"
 LENGTH, SHORT = 128, 16
 BLOCKS = 3
+LONG = frozenset({"feature-complexity"})
+"""Measures of blocks and sublayers that take long, though they share a pass or read weights alone."""
 """Recipes drop as many parameters as this many blocks hold."""
 
 
@@ -65,7 +67,8 @@ def heavy(measure: str) -> bool:
     from lamina.core.sites import SUBLAYERS, Kind
 
     card = MEASURES.card(measure)
-    return card.needs is Need.ABLATION or not set(card.on) <= SUBLAYERS | {Kind.BLOCK}
+    alone = card.needs is Need.GRADIENT and not hasattr(MEASURES.make(measure), "tally")
+    return alone or card.needs is Need.ABLATION or not set(card.on) <= SUBLAYERS | {Kind.BLOCK} or measure in LONG
 
 
 def tokens_for(measure: str) -> int:
@@ -73,7 +76,10 @@ def tokens_for(measure: str) -> int:
     from lamina.core.papers import Need
     from lamina.core.registry import MEASURES
 
-    return SHORT if measure and MEASURES.card(measure).needs is Need.ABLATION else LENGTH
+    if not measure:
+        return LENGTH
+    alone = MEASURES.card(measure).needs is Need.GRADIENT and not hasattr(MEASURES.make(measure), "tally")
+    return SHORT if alone or MEASURES.card(measure).needs is Need.ABLATION else LENGTH
 
 
 @cache

@@ -100,7 +100,8 @@ def test_the_commands_one_by_one(lamina: Any, bench: Path, tmp_path: Path) -> No
     text = ("--text", bench / "calibration.txt", "--length", 32, "--sequences", 8, "--dtype", "float32")
     code, out, _ = lamina("survey", bench / "model", "--out", run, *text)
     assert code == 0
-    assert "lowest first" in out
+    assert "block-influence" in out
+    assert "lowest" in out
     code, out, _ = lamina("plan", run, "--sublayers", 2, "--recipe", "llm-drop-attention")
     assert code == 0
     assert "block." in out

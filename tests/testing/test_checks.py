@@ -211,6 +211,7 @@ class Declared(WrongSign):
         "check_identity_block_is_lowest": "the sign is wrong",
         "check_silent_sublayer_is_lowest": "the sign is wrong",
         "check_streaming_measure_agrees_with_measure": "only one of them has the wrong sign",
+        "check_order_of_batches_and_blocks_does_not_count": "only one of them has the wrong sign",
     }
 
 

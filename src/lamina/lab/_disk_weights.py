@@ -29,6 +29,9 @@ TOLD = frozenset(
 )
 """What a parameter tells, and what can be set, without its numbers."""
 
+_GIVEN: weakref.WeakValueDictionary[tuple[int, int], Tensor] = weakref.WeakValueDictionary()
+"""Numbers that were read and are still in use, by their parameter."""
+
 
 def is_light(tensor: Tensor) -> bool:
     """Whether it is a vector or a number: such parameters stay in memory."""
@@ -60,6 +63,8 @@ class OnDisk(nn.Parameter):
         if name in TOLD:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
+        if setting and name == "data" and _GIVEN.get((id(args[0]), id(args[1]))) is args[1]:
+            return None  # a conversion that changed nothing
         changes = setting or name == "__setitem__" or (name.endswith("_") and not name.startswith("__"))
         if (changes and args and isinstance(args[0], OnDisk)) or isinstance(kwargs.get("out"), OnDisk):
             raise UnsupportedError(
@@ -79,7 +84,9 @@ class OnDisk(nn.Parameter):
 
 def _numbers(parameter: OnDisk) -> Tensor:
     """A tensor that asks for gradients as the parameter does: torch chooses some kernels by that, in any mode."""
-    return parameter.numbers().requires_grad_(parameter.requires_grad)
+    found = parameter.numbers().requires_grad_(parameter.requires_grad)
+    _GIVEN[id(parameter), id(found)] = found
+    return found
 
 
 def _looked_up(indices: Tensor, weight: Any, *args: Any, **kwargs: Any) -> Tensor | None:
@@ -117,10 +124,9 @@ class Weights:
         self._parameters: dict[str, nn.Parameter] = {}
         self._names: dict[int, str] = {}
         self._owners: dict[str, str] = {}
-        self._lent: OrderedDict[Any, Tensor] | None = None
-        self._kinds: dict[str, Any] = {}
-        self._lenders: dict[Any, str] = {}
-        self._room = 0
+        self._lent: OrderedDict[str, Tensor] | None = None
+        self._lenders: dict[str, str] = {}
+        self._room = self._inside = 0
         self._handles: list[Any] = []
         self.blocks: tuple[str, ...] = ()
         self.reads: Counter[str] = Counter()
@@ -150,18 +156,20 @@ class Weights:
         self.release()
         names = [n for n in self.within(path) if n not in self._owners]
         try:
-            self._fill(names, HELD)
+            self._fill(names, HELD, borrow=True)
             yield
         finally:
             self._let_go(names)
 
     @contextmanager
     def lending(self) -> Iterator[None]:
-        """Inside, blocks run with the weights of the first that has some of that name and shape.
+        """Inside, where the model runs or a block is `held`, it has the weights of the first of that name and shape.
 
-        For what depends on shapes alone: of blocks of one build one is read then, once. At most two are kept.
+        For what depends on shapes alone: of blocks of one build one is read then. A block that is called by itself
+        has its own. Weights of at most two blocks are kept.
         """
         before, self._lent = self._lent, OrderedDict() if self._lent is None else self._lent
+        self._inside = 0
         try:
             yield
         finally:
@@ -192,19 +200,18 @@ class Weights:
             handle.remove()
         self._handles.clear()
 
-    def _one(self, name: str) -> dict[str, Tensor]:
-        """One parameter's numbers, and those that are made with them; where blocks lend, the first's of its kind."""
-        kind = self._kinds.get(name)
-        if self._lent is None or kind is None:
-            return self._read([name])
-        lent, lender = self._lent, self._lenders[kind]
-        if kind not in lent:
-            size = self._size(name)
-            while lent and sum(t.numel() * t.element_size() for t in lent.values()) + size > self._room:
+    def _one(self, name: str, *, borrow: bool = False) -> dict[str, Tensor]:
+        """One parameter's numbers, and those that are made with them; of another block where those are `borrow`ed."""
+        lent = self._lent if self._lent is not None else OrderedDict[str, Tensor]()
+        lender = self._lenders.get(name, name) if borrow else name
+        if lender not in lent:
+            while lent and sum(t.numel() * t.element_size() for t in lent.values()) + self._size(name) > self._room:
                 lent.popitem(last=False)
-            lent[kind] = self._read([lender])[lender]
-        lent.move_to_end(kind)
-        return {name: lent[kind]}
+            if self._lent is None or name not in self._lenders:
+                return self._read([name])
+            lent[lender] = self._read([lender])[lender]
+        lent.move_to_end(lender)
+        return {name: lent[lender]}
 
     def _read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """These parameters' numbers, each recipe made once."""
@@ -218,13 +225,13 @@ class Weights:
                     self.bytes += sum(s.nbytes for s in recipe.sources)
         return found
 
-    def _fill(self, names: list[str], owner: str) -> None:
+    def _fill(self, names: list[str], owner: str, *, borrow: bool) -> None:
         """Bring in what is not there yet, for a module."""
         todo = [n for n in names if n not in self._owners]
         try:
             for name in todo:
                 if name not in self._owners:
-                    self._give_all(self._one(name), todo, owner)
+                    self._give_all(self._one(name, borrow=borrow), todo, owner)
         except BaseException:
             self._let_go(todo)
             raise
@@ -275,16 +282,24 @@ class Weights:
                 made = [f"{path}.{n}" if path else n for n, _ in children]
                 blocks += [p for p in made if self.within(p) and list(model.get_submodule(p).children())]
         self.blocks = tuple(blocks)
+        first: dict[Any, str] = {}
         for block in blocks:
             for name in self.within(block):
                 kind = name.removeprefix(block), self._parameters[name].shape, self._parameters[name].dtype
-                self._kinds[name] = kind
-                self._lenders.setdefault(kind, name)
+                self._lenders[name] = first.setdefault(kind, name)
             self._room = max(self._room, LENT * sum(self._size(n) for n in self.within(block)))
         for path, module in model.named_modules():
             own = any(id(p) in self._names for p in module.parameters(recurse=False))
             if path in self.blocks or (own and not isinstance(module, nn.Embedding)):
                 self._hook(path, module)
+
+        def runs(more: int) -> None:
+            self._inside += more
+
+        self._handles += [
+            model.register_forward_pre_hook(lambda *_: runs(1), prepend=True),
+            model.register_forward_hook(lambda *_: runs(-1), always_call=True),
+        ]
 
     def _hook(self, path: str, module: nn.Module) -> None:
         block, within = path in self.blocks, f"{path}." if path else ""
@@ -308,7 +323,7 @@ class Weights:
             called._forward_hooks.move_to_end(closing.id)  # others' hooks may still look at the weights
             _expect_no_gradients(path, called.parameters(), (*args, *kwargs.values()))
             self.release(path)
-            self._fill(names, path)
+            self._fill(names, path, borrow=self._inside > 0)
 
         def closes(called: nn.Module, *_: Any) -> None:
             if self._owners and any(id(p) in self._names for p in called.parameters(recurse=deep)):

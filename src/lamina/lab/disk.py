@@ -58,14 +58,14 @@ def weights_of(model: nn.Module) -> Weights | None:
 
 @contextmanager
 def lending(model: nn.Module) -> Iterator[None]:
-    """Inside, blocks of one build run with the weights of the first of them: for what depends on shapes alone."""
+    """Inside, blocks may run with each other's weights: for what depends on shapes alone. See `Weights.lending`."""
     weights = weights_of(model)
     with weights.lending() if weights is not None else nullcontext():
         yield
 
 
 def anatomy_of(model: nn.Module, sample: Mapping[str, Tensor] | None = None) -> Anatomy:
-    """The certified anatomy of a model on disk, with its costs and linear maps; blocks are read once, the first twice.
+    """The certified anatomy of a model on disk, with its costs and linear maps; most blocks are read once.
 
     How a model is built is found with borrowed weights; the certificate then holds for its own. Where what a model does
     depends on its weights' values (how much it computes, or what happens to its stream), it is found with its own.

@@ -174,13 +174,18 @@ class Run:
         except ImportError:  # a system without such locks
             yield
             return
-        with (self.state / "lock").open("a", encoding="utf-8") as file:
+        folder = os.open(self.state, os.O_RDONLY)
+        try:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
                 hint = "wait for it, or choose another --out"
                 raise InputError("another lamina is at work in this folder", where=self.folder, hint=hint) from None
+            except OSError:  # a file system without locks
+                pass
             yield
+        finally:
+            os.close(folder)
 
     def _note(self, name: str, facts: Mapping[str, Any], outputs: Sequence[str]) -> None:
         prints = {o: _print(self.folder / o) for o in outputs if (self.folder / o).exists()}

@@ -112,7 +112,7 @@ class Usefulness:
 
     sequences: int | None = 32
     length: int | None = 64
-    ridge: float = 0.01
+    ridge: float = 0.1
     threshold: float = 1.1
 
     def __post_init__(self) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
@@ -54,15 +54,22 @@ BOUNDS = 8.0
 @dataclass(frozen=True)
 class Parts:
     """Of each sequence: the first-order term `slope` and the saturated second-order term `bend` without κ, in nats
-    summed over tokens, and the count of predicted tokens; all float64 [sequences].
+    summed over tokens, and the count of predicted tokens; all float64 [sequences]. `owner` has the sequences' keys.
     """  # fmt: skip
 
     slope: Array = field(default_factory=lambda: np.zeros(0))
     bend: Array = field(default_factory=lambda: np.zeros(0))
     count: Array = field(default_factory=lambda: np.zeros(0))
+    owner: Any = field(default_factory=lambda: np.zeros(0, dtype=np.uint64))
 
     def __add__(self, other: Parts) -> Parts:
-        return Parts(*(np.concatenate(p) for p in zip(self.rows, other.rows, strict=True)))
+        parts = (*zip(self.rows, other.rows, strict=True), (self.owner, other.owner))
+        return Parts(*(np.concatenate(p) for p in parts))
+
+    def of(self, key: np.uint64) -> tuple[float, float, float]:
+        """The three numbers of the sequence with this key."""
+        place = int(np.flatnonzero(self.owner == key)[0])
+        return float(self.slope[place]), float(self.bend[place]), float(self.count[place])
 
     @property
     def rows(self) -> tuple[Array, Array, Array]:
@@ -87,7 +94,8 @@ class DamageTally:
         assert taps.gradient is not None
         _, probes, chunk, window, _ = self.settings
         along = (taps.gradient.float() * taps.f).sum(-1).double()
-        found = Parts(*_parts(taps, -along[0], along[1:] if probes == "fisher" else along, chunk, window))
+        numbers = _parts(taps, -along[0], along[1:] if probes == "fisher" else along, chunk, window)
+        found = Parts(*numbers, taps.rows.owners)
         self.parts[site.id] = self.parts.get(site.id, Parts()) + found
 
     def merge(self, other: Self) -> Self:
@@ -253,6 +261,7 @@ def fitted(lab: Lab, tally: DamageTally, default: float) -> float:
     They are those of median predicted damage; each of up to four sequences tries two of them. As many sequences as
     cost at most one forward over the text, prefixes reused; `default` where that is none.
     """
+    from lamina.lab.rows import sequence_keys
     from lamina.lab.trials import Trials
 
     blocks = [b for k in lab.anatomy.stacks for b in k.blocks]
@@ -260,12 +269,13 @@ def fitted(lab: Lab, tally: DamageTally, default: float) -> float:
     late = {x.site.id: n for n, b in enumerate(blocks) for x in b.branches if n >= len(blocks) // 2}
     ranked = sorted((s for s in late if tally.parts[s].bend.any()), key=lambda s: scores[s])
     found = []
-    for sequence, batch, sites in _trials(lab, ranked, {s: 1 - n / len(blocks) for s, n in late.items()}):
+    for batch, sites in _trials(lab, ranked, {s: 1 - n / len(blocks) for s, n in late.items()}):
         bench, rises = lab.on([batch]), _Rises()
         Trials(bench).run([rises], [lab.anatomy.site(s) for s in sites])
-        for parts, site in ((tally.parts[s], s) for s in sites):
-            rise = rises.found[site] - parts.slope[sequence]
-            found += [rise / parts.bend[sequence]] if parts.bend[sequence] > 0 else []
+        (key,) = sequence_keys(batch)
+        for site in sites:
+            slope, bend, _ = tally.parts[site].of(key)
+            found += [(rises.found[site] - slope) / bend] if bend > 0 else []
         lab.counts.blocks += bench.counts.blocks
         lab.counts.heads += bench.counts.heads
         lab.progress("ablations", len(found), TRIALS * EACH)
@@ -284,8 +294,8 @@ class _Rises:
         self.found[site.id] = float(trial.rise[0].sum())
 
 
-def _trials(lab: Lab, ranked: Sequence[str], shares: Mapping[str, float]) -> list[tuple[int, Batch, Sequence[str]]]:
-    """(number of the sequence, its batch, sites to try on it): as many as cost at most one forward.
+def _trials(lab: Lab, ranked: Sequence[str], shares: Mapping[str, float]) -> list[tuple[Batch, Sequence[str]]]:
+    """(one sequence, sites to try on it): as many as cost at most one forward.
 
     `shares`: the part of a forward that ablating a site takes.
     """
@@ -302,7 +312,7 @@ def _trials(lab: Lab, ranked: Sequence[str], shares: Mapping[str, float]) -> lis
         cost = sum(rows[place][0] * (1 + sum(shares[s] for s in sites)) for place, sites in plan)
         if cost <= sum(n for n, _, _ in rows):
             cut = {place: slice(rows[place][2], rows[place][2] + 1) for place in chosen}
-            return [(p, {k: v[cut[p]] for k, v in rows[p][1].items()}, sites) for p, sites in plan]
+            return [({k: v[cut[p]] for k, v in rows[p][1].items()}, sites) for p, sites in plan]
     return []
 
 

@@ -17,8 +17,16 @@ def runs_much(card: Card) -> bool:
     return card.role == "measure" and card.needs > Need.FORWARD
 
 
+def alone(method: type) -> bool:
+    """Whether a measure shares no pass with others, and so takes seconds where they take less."""
+    return not hasattr(method, "tally")
+
+
 def cases(wanted: Callable[[Card], bool]) -> Iterator[Any]:
-    """A case for each check that applies to a method whose card is `wanted`; known failures must fail."""
+    """A case for each check that applies to a method whose card is `wanted`; known failures must fail.
+
+    Measures that run gradients or trials of their own are slow.
+    """
     for role, registry in ROLES.items():
         for name in registry:
             if not wanted(registry.card(name)):
@@ -27,7 +35,7 @@ def cases(wanted: Callable[[Card], bool]) -> Iterator[Any]:
             known = known_failures(method)
             for check in checks_for(role, method):
                 word = check.__name__.removeprefix("check_")
-                marks = (
-                    [pytest.mark.xfail(strict=True, reason=known[check.__name__])] if check.__name__ in known else []
-                )
+                marks: list[Any] = [pytest.mark.slow] if runs_much(registry.card(name)) and alone(method) else []
+                if check.__name__ in known:
+                    marks.append(pytest.mark.xfail(strict=True, reason=known[check.__name__]))
                 yield pytest.param(method, check, id=f"{role}-{name}-{word}", marks=marks)

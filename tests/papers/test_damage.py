@@ -211,6 +211,7 @@ def test_options_are_checked(options: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.real
+@pytest.mark.slow
 def test_follows_true_ablations_of_a_real_model() -> None:
     """SmolLM2-135M in bfloat16, 8 × 256 tokens of the default prose: every fifth sublayer against its true ablation."""
     from scipy.stats import spearmanr

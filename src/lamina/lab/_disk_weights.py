@@ -20,8 +20,8 @@ from lamina.lab._disk_files import Stored
 
 HELD = "\0held"
 """Stands for the path of a module: these weights were asked for by `Weights.held`."""
-LENT = 2
-"""Weights of so many blocks are kept while they are lent to others."""
+LENT, TOGETHER = 1.5, 2
+"""Weights of so many blocks are kept while they are lent to others, and of so many with one that is no block's."""
 TOLD = frozenset(
     """shape dtype device layout ndim requires_grad grad grad_fn is_leaf is_meta is_cuda is_cpu is_mps is_xpu is_sparse
     is_quantized is_nested is_mkldnn itemsize nbytes numel nelement size dim ndimension element_size names get_device
@@ -126,7 +126,7 @@ class Weights:
         self._owners: dict[str, str] = {}
         self._lent: OrderedDict[str, Tensor] | None = None
         self._lenders: dict[str, str] = {}
-        self._room = self._inside = 0
+        self._block = self._inside = 0
         self._handles: list[Any] = []
         self.blocks: tuple[str, ...] = ()
         self.reads: Counter[str] = Counter()
@@ -202,16 +202,24 @@ class Weights:
 
     def _one(self, name: str, *, borrow: bool = False) -> dict[str, Tensor]:
         """One parameter's numbers, and those that are made with them; of another block where those are `borrow`ed."""
-        lent = self._lent if self._lent is not None else OrderedDict[str, Tensor]()
+        if self._lent is None:
+            return self._read([name])
         lender = self._lenders.get(name, name) if borrow else name
-        if lender not in lent:
-            while lent and sum(t.numel() * t.element_size() for t in lent.values()) + self._size(name) > self._room:
-                lent.popitem(last=False)
-            if self._lent is None or name not in self._lenders:
+        if lender not in self._lent:
+            self._make_room(self._lent, name)
+            if name not in self._lenders:
                 return self._read([name])
-            lent[lender] = self._read([lender])[lender]
-        lent.move_to_end(lender)
-        return {name: lent[lender]}
+            self._lent[lender] = self._read([lender])[lender]
+        self._lent.move_to_end(lender)
+        return {name: self._lent[lender]}
+
+    def _make_room(self, lent: OrderedDict[str, Tensor], name: str) -> None:
+        """Give up what was lent longest ago, so that one more parameter finds room, and what it is made of."""
+        recipe, dtype = self._recipes[name], self._parameters[name].dtype
+        need = self._size(name) + sum(s.nbytes for s in recipe.sources if s.dtype != dtype or not recipe.plain)
+        room = self._block * (LENT if name in self._lenders else TOGETHER)
+        while lent and sum(t.numel() * t.element_size() for t in lent.values()) + need > room:
+            lent.popitem(last=False)
 
     def _read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """These parameters' numbers, each recipe made once."""
@@ -287,7 +295,7 @@ class Weights:
             for name in self.within(block):
                 kind = name.removeprefix(block), self._parameters[name].shape, self._parameters[name].dtype
                 self._lenders[name] = first.setdefault(kind, name)
-            self._room = max(self._room, LENT * sum(self._size(n) for n in self.within(block)))
+            self._block = max(self._block, sum(self._size(n) for n in self.within(block)))
         for path, module in model.named_modules():
             own = any(id(p) in self._names for p in module.parameters(recurse=False))
             if path in self.blocks or (own and not isinstance(module, nn.Embedding)):

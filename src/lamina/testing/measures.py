@@ -224,9 +224,9 @@ def check_order_of_batches_and_blocks_does_not_count(method: Any) -> None:
     bench = lab(batch_size=2)
     across = made(method).tally(bench.anatomy)
     for block in (b for k in bench.anatomy.stacks for b in k.blocks):
-        for rows in bench.rows():
-            with torch.no_grad(), feeding(bench.anatomy, rows, [across], only=block):
-                bench.forward(rows.batch, head=False)
+        for batch_rows in bench.rows():
+            with torch.no_grad(), feeding(bench.anatomy, batch_rows, [across], only=block):
+                bench.forward(batch_rows.batch, head=False)
     expect_close(
         _whole(method, bench, across), _measured(method, bench), 1e-12, "block by block against batch by batch"
     )

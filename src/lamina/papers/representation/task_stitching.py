@@ -54,7 +54,7 @@ class TaskMatching:
 
     card: ClassVar[Card]
 
-    steps: int = 4
+    steps: int = 3
     learning_rate: float = 1e-4
     ridge: float = 0.1
     sequences: int | None = 8

@@ -159,7 +159,9 @@ def survey(
         )
     parts = shards if shards is not None else COMPARED if compare else RAY_SHARDS if ray else 1
     how = How(shards=parts, ray=ray, scratch=scratch, compare=compare)
-    data = {"calibration": text, "column": column, "sequences": sequences, "length": length}
+    data: dict[str, Any] = {"calibration": text, "column": column, "sequences": sequences, "length": length}
+    if text.endswith(".safetensors"):  # there may be no tokenizer, which lamina's own held-out prose would need
+        data |= {"heldout": text, "heldout_sequences": 1}
     asked = {"model": model, "budget": {"keep": 1.0}, "data": data, "dtype": dtype, "device": device, "seed": seed}
     run = begin(make_recipe({**asked, "trust_remote_code": trust_remote_code}), out)
     run.any_kind, run.streamed = True, stream

@@ -262,7 +262,13 @@ class Run:
         from lamina.anatomy import Anatomy
         from lamina.lab.lab import sample_of
 
-        anatomy = Anatomy.of(self.loaded.model, sample_of(self.tokens.calibration))
+        sample = sample_of(self.tokens.calibration)
+        if self.streamed:
+            from lamina.lab.disk import anatomy_of
+
+            anatomy = anatomy_of(self.loaded.model, sample)
+        else:
+            anatomy = Anatomy.of(self.loaded.model, sample)
         certificate = anatomy.certify()
         self.log(f"anatomy certified: worst error {certificate.worst:.1e} of {certificate.tolerance:.0e}")
         return anatomy

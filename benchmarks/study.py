@@ -6,7 +6,7 @@ Of every model: the exact leave-one-out damage of all blocks and sublayers; ever
 sequences (measures of heads, neurons and linear maps by the mean over those of a sublayer); Spearman's rank correlation
 with the truth per kind of site, with intervals over sites (bootstrap); and the damage, on sequences that no measure saw
 of the plans that drop the lowest-scored blocks, or sublayers, until 10 % and 25 % of the blocks' parameters are gone.
-What is done is kept in DIR (default benchmarks/work/study) and not done again.
+What is done is kept in DIR (by default beside this script) and not done again.
 """
 
 from __future__ import annotations

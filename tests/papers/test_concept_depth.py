@@ -14,8 +14,8 @@ from lamina.core.errors import InputError, UnsupportedError
 from lamina.core.registry import MEASURES
 from lamina.lab import Lab
 from lamina.lab.sample import TokenSample
-from lamina.lab.sampled import kept
-from lamina.papers.representation.concept_depth import added, common, dealt, marked, points, probe, reduced
+from lamina.lab.sampled import error_of, kept
+from lamina.papers.representation.concept_depth import added, common, dealt, influence, marked, points, probe, reduced
 from lamina.testing.models import text, tiny
 
 pytest.importorskip("sklearn")
@@ -53,6 +53,20 @@ def test_marks_are_those_of_scikit_learn() -> None:
     guess = chances > 0.5
     wanted = accuracy_score(y, guess), f1_score(y, guess), roc_auc_score(y, chances)
     assert marked(chances, y) == pytest.approx(wanted)
+
+
+def test_influence_on_the_area_is_that_of_delong_and_of_the_jackknife() -> None:
+    draw = np.random.default_rng(4)
+    y = draw.integers(0, 2, 400)
+    chances = np.round(draw.normal(size=400) + y + draw.normal(size=50)[np.arange(400) // 8], 1)  # with ties
+    psi = influence(chances, y)
+    wins = (chances[y == 1][:, None] > chances[y == 0]) + 0.5 * (chances[y == 1][:, None] == chances[y == 0])
+    alone = wins.mean(1).var() / (y == 1).sum() + wins.mean(0).var() / (y == 0).sum()
+    assert (psi**2).sum() == pytest.approx(alone, rel=1e-9)
+    assert psi.sum() == pytest.approx(0, abs=1e-12)
+    owner = np.arange(400) // 8
+    out = [marked(chances[owner != s], y[owner != s])[2] for s in range(50)]
+    assert error_of(psi, owner) == pytest.approx([np.sqrt(49 * np.var(out))], rel=0.03)
 
 
 def test_all_directions_are_a_rotation_of_the_standardised_states() -> None:

@@ -8,13 +8,16 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lamina.core.errors import InputError
 from lamina.core.registry import MEASURES
 from lamina.lab import Lab
-from lamina.papers.representation.information_plane import binned, entropy, plane
+from lamina.lab.sample import Sampled
+from lamina.lab.sampled import error_of
+from lamina.papers.representation.information_plane import binned, entropy, plane, surprise
 from lamina.testing.models import text, tiny
 
 symbols = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 3)), min_size=1, max_size=40)
@@ -46,6 +49,33 @@ def test_a_constant_tells_nothing_and_an_injective_code_all() -> None:
     labels = np.array([0, 0, 1, 1, 2, 2, 2, 2])
     assert plane(np.zeros(8, dtype=int), labels) == (0.0, 0.0)
     assert plane(np.arange(8), labels) == pytest.approx((3.0, 1.5))
+
+
+def test_influence_agrees_with_the_jackknife_over_sequences() -> None:
+    draw = np.random.default_rng(5)
+    sequence = np.repeat(np.arange(60), 10)
+    labels = (draw.integers(0, 3, 600) + draw.integers(0, 2, 60)[sequence]) % 3
+    cells = (labels + (draw.random(600) < 0.4)) % 4
+    got = error_of(surprise(cells, labels), sequence)
+    out = np.array([plane(cells[sequence != s], labels[sequence != s]) for s in range(60)])
+    np.testing.assert_allclose(got, np.sqrt(59 * out.var(0)), rtol=0.05)
+    assert np.isnan(error_of(surprise(cells, labels), np.zeros(600, dtype=int))).all()
+
+
+def test_errors_are_those_of_the_distance_moved() -> None:
+    """By the jackknife on the same bins, of a sample large enough that bins matter little."""
+    draw = np.random.default_rng(6)
+    depths = torch.from_numpy(draw.normal(size=(2, 800, 3)) * [3, 2, 0.1])
+    ids = torch.from_numpy((depths[1, :, 0] > 0).long().numpy())
+    owner = np.arange(800) // 8
+    sample = Sampled(("block.0",), depths, owner, np.arange(800) % 8 + 1, ids, ids)
+    found = MEASURES.make("information-plane")._found(sample)
+    cells = [binned(d.numpy(), 2, 6) for d in depths]
+    out = []
+    for s in range(100):
+        rest = owner != s
+        out.append(np.hypot(*np.subtract(*(plane(c[rest], ids.numpy()[rest]) for c in cells))))
+    np.testing.assert_allclose(found.stderr, [np.sqrt(99 * np.var(out))], rtol=0.1)
 
 
 def test_bins_are_equal_parts_of_each_principal_direction() -> None:

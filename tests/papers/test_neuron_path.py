@@ -103,6 +103,8 @@ def expect_literal(got: Any, found: list[Literal], sites: list[str]) -> None:
     for n, site in enumerate(sites):
         wanted = np.mean([s[n] for s, _ in scores], 0)
         assert got.values[site] == pytest.approx(wanted, rel=1e-3, abs=1e-5 * np.abs(wanted).max())
+        spread = np.std([s[n] for s, _ in scores], 0, ddof=1) / len(found) ** 0.5
+        assert got.stderr[site] == pytest.approx(spread, rel=1e-2, abs=1e-5 * np.abs(wanted).max())
     for row, (literal, (_, path)) in enumerate(zip(found, scores, strict=True)):
         assert got.grids["path"].values[row, :-1].tolist() == path
         assert got.grids["path"].values[row, -1] == pytest.approx(literal.attribution(path), rel=1e-3)

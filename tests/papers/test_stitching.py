@@ -87,6 +87,23 @@ def test_a_linear_block_is_redundant_and_a_noisy_one_is_not() -> None:
     assert found.values[1] > 0.9
 
 
+def test_errors_are_those_of_a_ratio_over_sequences_with_the_maps_known() -> None:
+    draws = [torch.randn(48, 5, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    sample = made(draws[0], draws[0] + draws[1])
+    found = MEASURES.make("direct-matching", {"ridge": 1e-9})._found(sample)
+    rows = [slice(4 * s, 4 * s + 4) for s in range(12)]
+    lost, size = [], []
+    for mine in rows:
+        rest = torch.tensor([i not in range(48)[mine] for i in range(48)])
+        x, y = draws[0].double(), (draws[0] + draws[1]).double()
+        weight, bias = pseudo_inverse(x[rest], y[rest])
+        lost.append(float((x[mine] @ weight + bias - y[mine]).norm() ** 2))
+        size.append(float(y[mine].norm() ** 2))
+    ratio = sum(lost) / sum(size)
+    spread = sum((a - ratio * b) ** 2 for a, b in zip(lost, size, strict=True))
+    assert found.stderr == pytest.approx([(spread * 12 / 11) ** 0.5 / sum(size)], rel=1e-4)
+
+
 def test_an_identity_block_has_loss_zero_however_few_the_rows(literal: ModuleType) -> None:
     model = literal.zeroed(tiny("llama"), "llama", ["block.1"])
     got = MEASURES.make("direct-matching").measure(Lab(model, text(3, 5)))

@@ -51,6 +51,24 @@ def test_it_is_the_r2_of_least_squares_on_held_out_rows() -> None:
     np.testing.assert_allclose(found.grids["complexity"].values[:, 1], share.numpy(), atol=1e-6)
 
 
+def test_errors_are_those_over_sequences_with_features_and_maps_known() -> None:
+    depths = [drawn(i, 100, 6) for i in range(2)]
+    found = MEASURES.make("decodability", {"features": 2, "ridge": 1e-9})._found(made(*depths))
+    last = depths[1].double() - depths[1].double().mean(0)
+    features = torch.linalg.svd(last, full_matrices=False).U[:, :2] * 10
+    lost = []
+    for depth in depths:
+        x = torch.cat([depth.double(), torch.ones(100, 1, dtype=torch.float64)], 1)
+        left = torch.zeros_like(features)
+        for start in range(0, 100, 5):
+            test = torch.zeros(100, dtype=torch.bool)
+            test[start : start + 5] = True
+            left[test] = features[test] - x[test] @ (torch.linalg.pinv(x[~test]) @ features[~test])
+        lost.append((left**2).mean(1).unflatten(0, (20, 5)).mean(1).numpy())
+    steps = lost[1] - lost[0]
+    assert found.stderr == pytest.approx([steps.std(ddof=1) / 20**0.5], rel=1e-4)
+
+
 def test_a_feature_of_the_first_layer_is_simple_and_one_of_the_last_complex() -> None:
     early, late, noise = 9 * drawn(1, 200, 1), 4 * drawn(2, 200, 1), 0.01 * drawn(3, 4, 200, 5)
     without = torch.cat([early, drawn(4, 200, 1)], 1)

@@ -160,6 +160,19 @@ def over_sequences(sums: ArrayLike, counts: ArrayLike, sequences: np.ndarray) ->
     return value, error
 
 
+def error_of(influence: ArrayLike, sequences: np.ndarray) -> Array:
+    """Standard error over sequences, by the delta method: [k] from each row's influence on k values [k, n].
+
+    √(G/(G-1) Σ_g (Σ of a sequence's rows)²), and NaN for fewer than two sequences.
+    """
+    rows = np.atleast_2d(np.asarray(influence, dtype=np.float64))
+    size = int(sequences.max()) + 1
+    if size < 2:
+        return np.full(len(rows), np.nan)
+    sums = np.stack([np.bincount(sequences, row, size) for row in rows])
+    return np.sqrt((sums**2).sum(1) * size / (size - 1))
+
+
 class BehindFirst:
     """Mean of `score(taps)` [tokens] over all tokens behind the first `front`, per site of the given kinds."""
 

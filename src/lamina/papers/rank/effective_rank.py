@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lamina.anatomy import Anatomy
-    from lamina.core.scores import Scores
+    from lamina.core.scores import Array, Scores
     from lamina.lab import Lab
     from lamina.lab.taps import Taps
 
@@ -47,9 +47,9 @@ PAPER = Paper(
 class EffectiveRank:
     """exp(-Σ p ln p), p the squared singular values of S W over their sum, SᵀS = XᵀX the moment of the map's inputs.
 
-    1 for a map of rank one, min(inputs, outputs) for a flat spectrum. The error is that of a jackknife over
-    `groups` groups of sequences, each with sums of its own; 1 saves their memory and time, and gives no error. One
-    token of `every` is taken: with few of them the rank is that of the tokens and not of the map.
+    1 for a map of rank one, min(inputs, outputs) for a flat spectrum. The error is that of the delta method over
+    `groups` groups of sequences, each with sums of its own; 1 saves their memory, and gives no error. One token of
+    `every` is taken: with few of them the rank is that of the tokens and not of the map.
     """
 
     card: ClassVar[Card]
@@ -117,9 +117,8 @@ class Moments:
         return both
 
     def scores(self) -> Scores:
-        """Effective ranks so far, with a delete-a-group jackknife's errors (NaN for one group), [1] per site."""
+        """Effective ranks so far, with errors over groups of sequences (NaN for one group), [1] per site."""
         from lamina.core.scores import Scores
-        from lamina.maths.jackknife import spread
 
         values, errors, missing = {}, {}, {}
         for site in self.anatomy.of_kind(Kind.LINEAR):
@@ -127,19 +126,23 @@ class Moments:
                 missing[site.id] = "its input was not seen"
                 continue
             groups = [self.sums[site.id][g] for g in sorted(self.sums[site.id])]
-            whole, *left = self._ranks(self.anatomy.weight(site).detach(), groups)
-            values[site.id], errors[site.id] = np.array([whole]), np.atleast_1d(spread(np.array(left)[:, None]))
+            rank, error = self._rank(self.anatomy.weight(site).detach(), groups)
+            values[site.id], errors[site.id] = np.array([rank]), error
         return Scores(measure=self.measure, values=values, stderr=errors, missing=missing)
 
-    def _ranks(self, weight: Tensor, groups: list[Tensor]) -> list[float]:
-        """The effective rank on all sequences, then with each group left out."""
+    def _rank(self, weight: Tensor, groups: list[Tensor]) -> tuple[float, Array]:
+        """The effective rank on all sequences, and its error [1]: the gradient along each group's own moment."""
         import torch
 
-        from lamina.maths.spectra import effective_rank
+        from lamina.lab.sampled import error_of
+        from lamina.maths.spectra import effective_rank_of
 
         whole = torch.stack(groups).sum(0)
-        moments = [whole, *(whole - g for g in groups)] if len(groups) > 1 else [whole]
         if weight.shape[0] > weight.shape[1]:
             factor = torch.linalg.qr(weight.double(), mode="r").R
-            moments = [factor @ m @ factor.T for m in moments]
-        return [effective_rank(torch.linalg.eigvalsh(m)) for m in moments]
+            rank, slope = effective_rank_of(factor @ whole @ factor.T)
+            slope = factor.T @ slope @ factor
+        else:
+            rank, slope = effective_rank_of(whole)
+        along = [float((slope * g).sum()) for g in groups]
+        return rank, error_of(along, np.arange(len(groups)))

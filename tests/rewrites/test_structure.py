@@ -252,8 +252,11 @@ def test_a_group_is_one_layer() -> None:
     assert (out.item(), which) == (11.0, 3), "the second block gets what the first returned, and so does the next layer"
 
 
-def test_the_file_that_travels_needs_torch_and_transformers_alone() -> None:
-    tree = ast.parse(structure.source())
-    roots = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
-    roots |= {str(n.module).split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+def test_the_files_that_travel_need_torch_and_transformers_alone() -> None:
+    trees = [ast.parse(text) for text in structure.sources().values()]
+    nodes = [n for tree in trees for n in ast.walk(tree)]
+    roots = {a.name.split(".")[0] for n in nodes if isinstance(n, ast.Import) for a in n.names}
+    froms = [n for n in nodes if isinstance(n, ast.ImportFrom)]
+    assert {f"{n.module}.py" for n in froms if n.level} <= set(structure.FILES)
+    roots |= {str(n.module).split(".")[0] for n in froms if not n.level}
     assert roots <= {"copy", "importlib", "json", "pathlib", "torch", "transformers"}

@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 
 SHARD = "5GB"
 """Larger checkpoints are split into files of at most this size, with an index, as transformers does."""
-SHIM = "modeling_lamina.py"
-KINDS = frozenset({"drop"})
+KINDS = frozenset({"drop", "swap", "narrow", "share"})
 """The kinds of structure steps that the shim file can replay."""
 
 
@@ -159,7 +158,7 @@ def _weights(model: Any, draft: Path, to: Path, **options: Any) -> None:
 
 def _shim(model: Any, receipts: Sequence[Receipt], draft: Path) -> None:
     """The config that carries the receipts, and the one file that replays them."""
-    from lamina.rewrites.structure import checkpoint_config, source
+    from lamina.rewrites.structure import checkpoint_config, sources
 
     steps = [plain(step) for receipt in receipts for step in receipt.structure.get("steps", ())]
     data = checkpoint_config(model, steps, [plain(r) for r in receipts])
@@ -170,7 +169,8 @@ def _shim(model: Any, receipts: Sequence[Receipt], draft: Path) -> None:
     dropped = {"quantization_config", "torch_dtype", "_name_or_path"}
     data = {k: v for k, v in data.items() if k not in dropped}
     (draft / "config.json").write_text(to_json(data), encoding="utf-8")
-    (draft / SHIM).write_text(source(), encoding="utf-8")
+    for name, text in sources().items():
+        (draft / name).write_text(text, encoding="utf-8")
 
 
 def _loader(model: Any, kind: str) -> str:

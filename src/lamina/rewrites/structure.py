@@ -17,7 +17,11 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
+from .lamina_parts import KINDS, Mapped, Passing, build, tied
+
 FORMAT = 1
+FILES = {"modeling_lamina.py": "structure.py", "lamina_parts.py": "lamina_parts.py"}
+"""What travels with the weights → its name in lamina."""
 PREFERRED = (
     "AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForImageTextToText", "AutoModelForMaskedLM", "AutoModel",
 )  # fmt: skip
@@ -131,11 +135,11 @@ def replay(model, steps):
     Weights of what remains are untouched; what is dropped is no longer referenced.
     """
     for step in steps:
-        if step.get("format", FORMAT) > FORMAT or step.get("kind") != "drop":
+        if step.get("format", FORMAT) > FORMAT or step.get("kind") not in ("drop", *KINDS):
             raise ValueError(
                 f"this file can't replay {step.get('kind')!r}, format {step.get('format')}: a newer one is needed"
             )
-        _drop(model, step)
+        ({"drop": _drop} | KINDS)[step["kind"]](model, step)
     return model
 
 
@@ -151,6 +155,10 @@ def _drop(model, step):
         keeps = {p: block.get_submodule(f"{branch['core']}.{p}") for p in branch.get("keeps", ())}
         width = widths.get(branch["core"])
         joins, hands = branch.get("joins", False), branch.get("hands", ())
+        if "map" in branch:
+            map_ = build(branch["map"], block.get_submodule(branch["core"]))
+            block.set_submodule(branch["core"], Mapped(map_, branch["stream"], branch["returns"], hands))
+            continue
         core = Gone(branch["stream"], branch["returns"], joins, width, keeps, hands)
         block.set_submodule(branch["core"], core.train(block.training))
         for path in branch["own"]:
@@ -186,23 +194,10 @@ def _slice(model, name, dim, kept, depth):
     setattr(module, last, nn.Parameter(parts.contiguous(), requires_grad=tensor.requires_grad))
 
 
-class Passing(nn.Identity):
-    """Stands where a norm stood: gives its first argument. Who asks it for its weight's type gets an empty one."""
-
-    def __init__(self, norm):
-        super().__init__()
-        if isinstance(weight := getattr(norm, "weight", None), torch.Tensor):
-            self.register_buffer("weight", weight.detach().new_empty(0), persistent=False)
-
-    def forward(self, *args, **kwargs):
-        """The tokens as they are."""
-        return args[0] if args else next(iter(kwargs.values()))
-
-
 def holds_cache(block, cached):
     """Whether any of the block's caching modules is still there."""
     names = dict(block.named_modules())
-    return any(path in names and type(names[path]).__name__ != "Gone" for path in cached)
+    return any(path in names and type(names[path]).__name__ not in ("Gone", "Mapped") for path in cached)
 
 
 def _regroup(blocks, counted, stream, carries):
@@ -338,6 +333,8 @@ def _thin_model(config, entry):
 
     auto = next((name for name in config.auto_map if name.startswith("AutoModel")), "AutoModel")
     names = {"__init__": __init__, "__module__": entry.__module__, "config_class": type(config)}
+    if same := tied(data["structure"]):
+        names["_tied_weights_keys"] = {**(base._tied_weights_keys or {}), **same}
     if hasattr(base, "is_custom_code"):  # numbers that are not stored are made as the dense class makes them
         names["is_custom_code"] = classmethod(lambda _: base.is_custom_code())
     thin = type(f"Lamina{base.__name__}", (base,), names)
@@ -392,6 +389,7 @@ def checkpoint_config(model, steps, receipts):
     return data
 
 
-def source():
-    """The text of this file."""
-    return Path(__file__).read_text(encoding="utf-8")
+def sources():
+    """Name → text of the files that travel with the weights: this one, and the one beside it."""
+    here = Path(__file__)
+    return {name: here.with_name(file).read_text(encoding="utf-8") for name, file in FILES.items()}

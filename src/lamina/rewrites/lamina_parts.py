@@ -1,0 +1,174 @@
+"""Modules that stand in a rewritten network, and how they come there: with torch alone.
+
+This file travels with the weights beside `modeling_lamina.py`, which calls it. It knows no architecture: what is put
+where is spelt out in `config.json` under `lamina.structure`.
+"""
+
+import copy
+
+import torch
+from torch import nn
+
+
+class Factors(nn.Module):
+    """A linear map of low rank: x ↦ B (A x) + b, A [rank, inputs] and B [outputs, rank]."""
+
+    def __init__(self, inputs, outputs, rank, bias=False):
+        super().__init__()
+        self.in_features, self.out_features = inputs, outputs
+        self.down = nn.Linear(inputs, rank, bias=False)
+        self.up = nn.Linear(rank, outputs, bias=bias)
+
+    @property
+    def weight(self):
+        """The map as one matrix [outputs, inputs]."""
+        return self.up.weight @ self.down.weight
+
+    @property
+    def bias(self):
+        """What is added [outputs], or None."""
+        return self.up.bias
+
+    def forward(self, x):
+        """The map, by way of `rank` numbers."""
+        return self.up(self.down(x))
+
+
+class Constant(nn.Module):
+    """The same vector [width] for every token."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x):
+        """The vector, for all tokens of x [..., width of any kind]."""
+        return self.bias.expand(*x.shape[:-1], -1)
+
+
+class RootMean(nn.Module):
+    """x / √(mean x² + eps) · weight, computed in float32."""
+
+    def __init__(self, width, eps, bias=False):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
+
+    def forward(self, x):
+        """The norm over the last dimension."""
+        y = x.float()
+        y = (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+        return y if self.bias is None else y + self.bias
+
+
+class Mapped(nn.Module):
+    """Stands where a branch's core stood: a map of its tokens, in the structure that the core returned.
+
+    It holds no cache entry. `stream` is the position or keyword of the tokens, `returns` the (index, arity) of each
+    nested tuple, `hands` what the core returned as it was given: (place in what it returns, position or keyword).
+    """
+
+    def __init__(self, function, stream=0, returns=(), hands=()):
+        super().__init__()
+        self.map, self.stream = function, stream
+        self.returns, self.hands = tuple(tuple(r) for r in returns), tuple(tuple(h) for h in hands)
+
+    def forward(self, *args, **kwargs):
+        """The map of the tokens."""
+        out = self.map(args[self.stream] if isinstance(self.stream, int) else kwargs[self.stream])
+        for index, arity, *form in reversed(self.returns):
+            made = (out if i == index else None for i in range(arity))
+            out = list(made) if form else tuple(made)
+        if self.hands:
+            handed = {i: args[place] if isinstance(place, int) else kwargs[place] for i, place in self.hands}
+            out = type(out)(handed.get(i, value) for i, value in enumerate(out))
+        return out
+
+
+class Passing(nn.Identity):
+    """Stands where a norm stood: gives its first argument. Who asks it for its weight's type gets an empty one."""
+
+    def __init__(self, norm):
+        super().__init__()
+        if isinstance(weight := getattr(norm, "weight", None), torch.Tensor):
+            self.register_buffer("weight", weight.detach().new_empty(0), persistent=False)
+
+    def forward(self, *args, **kwargs):
+        """The tokens as they are."""
+        return args[0] if args else next(iter(kwargs.values()))
+
+
+BUILDERS = {
+    "linear": lambda s: nn.Linear(s["inputs"], s["outputs"], bias=s.get("bias", False)),
+    "factors": lambda s: Factors(s["inputs"], s["outputs"], s["rank"], s.get("bias", False)),
+    "constant": lambda s: Constant(s["outputs"]),
+    "root_mean": lambda s: RootMean(s["width"], s["eps"], s.get("bias", False)),
+}
+
+
+def build(spec, like):
+    """The module that plain data describes, of the type and on the device of a module's parameters."""
+    parameter = next((p for p in like.parameters() if p.is_floating_point()), None)
+    if parameter is None:
+        return BUILDERS[spec["type"]](spec).train(like.training)
+    with torch.device(parameter.device):
+        made = BUILDERS[spec["type"]](spec)
+    return made.to(parameter.dtype).train(like.training).requires_grad_(parameter.requires_grad)
+
+
+def swap(model, step):
+    """Put new modules in the place of others: path → what it is."""
+    for path, spec in step["modules"].items():
+        model.set_submodule(path, build(spec, model.get_submodule(path)))
+
+
+def narrow(model, step):
+    """Keep a part of some parameters, and tell the modules and their configs the new numbers.
+
+    `cuts`: name → [dimension, runs of what stays] (a run is [start, stop]); `numbers`: path → attribute → number;
+    `configs`: path → field → number, in a copy of the config that is the module's own.
+    """
+    for name, cuts in step["cuts"].items():
+        path, _, last = name.rpartition(".")
+        module = model.get_submodule(path)
+        held = getattr(module, last)
+        tensor = held.detach()
+        for dim, runs in cuts:
+            rows = torch.cat([torch.arange(a, b, device=tensor.device) for a, b in runs])
+            tensor = tensor.index_select(dim, rows)
+        setattr(module, last, nn.Parameter(tensor.contiguous(), requires_grad=held.requires_grad))
+        if isinstance(module, nn.Linear) and last == "weight":
+            module.out_features, module.in_features = tensor.shape
+    for path, numbers in step.get("numbers", {}).items():
+        for name, number in numbers.items():
+            setattr(model.get_submodule(path), name, number)
+    for path, fields in step.get("configs", {}).items():
+        module = model.get_submodule(path)
+        module.config = copy.copy(module.config)
+        for name, number in fields.items():
+            setattr(module.config, name, number)
+
+
+def share(model, step):
+    """Let several parameters be one: in each group all become the first."""
+    for source, *others in step["groups"]:
+        path, _, last = source.rpartition(".")
+        parameter = getattr(model.get_submodule(path), last)
+        for name in others:
+            path, _, last = name.rpartition(".")
+            setattr(model.get_submodule(path), last, parameter)
+
+
+def tied(steps):
+    """Name → the name of the parameter that it is, over all steps."""
+    return {
+        other: source
+        for step in steps
+        if step["kind"] == "share"
+        for source, *others in step["groups"]
+        for other in others
+    }
+
+
+KINDS = {"swap": swap, "narrow": narrow, "share": share}

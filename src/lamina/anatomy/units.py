@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from lamina.anatomy._units_cut import certify
 from lamina.anatomy._units_experts import certify_experts, find_experts
 from lamina.anatomy._units_find import NoUnits, Units, find
 from lamina.anatomy._units_probe import Given, Rig
+from lamina.anatomy._units_resize import resized, runs_left
 from lamina.anatomy.parts import Block, Branch, Stack
 from lamina.anatomy.stacks import call, evaluating
 from lamina.core.errors import CertificateError, InputError, UnsupportedError
@@ -288,6 +289,35 @@ class UnitSites:
             raise UnsupportedError("its units own no run of columns", where=site.id)
         tie = outputs[0]
         return [range(tie.start + i * tie.size, tie.start + (i + 1) * tie.size) for i in range(site.width)]
+
+    def grouped(self, site: Site) -> tuple[int, int]:
+        """How many units of a site share a KV head, and how many heads one unit has; 1 and 1 beside attentions."""
+        units = self._units_of().of(*self._expect_placed(site))[site.kind]
+        return (units.group, units.inner) if isinstance(units, Units) else (1, 1)
+
+    def without_units(self, site: Site, gone: Sequence[int]) -> dict[str, Any]:
+        """How the model loses these units of a site, in plain data for `lamina.rewrites.structure`, names absolute.
+
+        `cuts` of tensors, `numbers` of modules and fields of `configs` that follow. Raises UnsupportedError where the
+        block's class can't run without them.
+        """
+        block, branch = self._expect_placed(site)
+        table = self._units_of()
+        units = table.of(block, branch)[site.kind]
+        if not isinstance(units, Units) or site.kind is Kind.EXPERT:
+            raise UnsupportedError("its units can't be cut", where=site.id)
+        try:
+            with evaluating(self.model), torch.no_grad():
+                rig = _rig(self.model.get_submodule(block.path), table.given(block))
+                told, cuts = resized(rig, units, gone), runs_left(rig, units, gone)
+        except NoUnits as reason:
+            raise UnsupportedError(str(reason), where=site.id, hint="cut other units, or none") from None
+
+        def absolute(names: Mapping[str, Any]) -> dict[str, Any]:
+            return {f"{block.path}.{n}" if n else block.path: v for n, v in names.items()}
+
+        found = {"cuts": absolute(cuts), "numbers": absolute(told.numbers), "configs": absolute(told.configs)}
+        return {k: v for k, v in found.items() if v}
 
     def _expect_placed(self, site: Site) -> tuple[Block, Branch]:
         place = self._placed(site.id.rpartition(".")[0])

@@ -68,7 +68,7 @@ def form(model: nn.Module, receipts: Sequence[Receipt]) -> Literal["stock", "shi
     The class itself will do where whole blocks are gone and it builds, from the config as it is now, the same layers.
     """
     steps = [step for receipt in receipts for step in receipt.structure.get("steps", ())]
-    cut = any(step.get("branches") for step in steps)
+    cut = any(step.get("branches") or step["kind"] in ("swap", "share") for step in steps)
     stands = any(type(m).__name__ in ("Gone", "Group") for m in model.modules())
     return "shim" if cut or stands or _earlier(model) or (steps and not _rebuilt(model, steps)) else "stock"
 
@@ -83,7 +83,7 @@ def _rebuilt(model: nn.Module, steps: Sequence[Mapping[str, Any]]) -> bool:
     other = twin(model)
     if other is None:
         return True
-    stacks = tuple(f"{step['stack']}." for step in steps)
+    stacks = tuple(f"{step['stack']}." if "stack" in step else "" for step in steps)
     layers = {path: module for path, module in model.named_modules() if path.startswith(stacks)}
     others = dict(other.named_modules())
     return shapes(model) == shapes(other) and all(

@@ -11,14 +11,22 @@ if TYPE_CHECKING:
     from lamina.core.documents import Receipt
 
 
-def stock(receipts: Sequence[Receipt]) -> bool:
-    """Whether only whole blocks are gone, so that the stock class loads the checkpoint."""
-    return not any(step["branches"] for r in receipts for step in r.structure.get("steps", ()))
+def stock(receipts: Sequence[Receipt], model: Any = None) -> bool:
+    """Whether the stock class loads the checkpoint: whole blocks are gone, or the config tells all widths.
+
+    Without the model only receipts of drops can tell.
+    """
+    if model is not None and getattr(model, "config", None) is not None:
+        from lamina.exporters.hf import form
+
+        return form(model, receipts) == "stock"
+    steps = [step for r in receipts for step in r.structure.get("steps", ())]
+    return not any(step.get("branches") or step["kind"] != "drop" for step in steps)
 
 
 def verdicts(receipts: Sequence[Receipt], model: Any = None) -> list[str]:
     """One line per engine: what loads it, or why it does not."""
-    if stock(receipts):
+    if stock(receipts, model):
         lines = ["transformers: loads as a plain checkpoint of the stock class"]
     else:
         lines = ["transformers: loads with trust_remote_code=True (modeling_lamina.py travels with the weights)"]

@@ -144,24 +144,33 @@ def _branch(number: int, branch: Branch) -> dict[str, Any]:
     return found
 
 
-def structure(anatomy: Anatomy, stack: Stack, gone: frozenset[str]) -> dict[str, Any]:
+def structure(
+    anatomy: Anatomy, stack: Stack, gone: frozenset[str], maps: Mapping[str, Mapping[str, Any]] | None = None
+) -> dict[str, Any]:
     """One step of `lamina.rewrites.structure.replay`, in plain data.
 
+    `maps`: of the sublayers that are gone, those whose cores a map replaces, with what it is (see `lamina_parts`).
     Raises UnsupportedError where the config can't say it.
     """
     from lamina.anatomy.counting import change
 
+    maps = maps or {}
     if stack.looped:
         return _fewer_passes(anatomy, stack, gone)
     own, others = _entries(anatomy, stack)
     elements = _elements(anatomy, stack)
     blocks = {n: b for n, (_, _, b) in enumerate(elements) if b is not None}
-    whole = [n for n, b in blocks.items() if all(x.site.id in gone for x in b.branches)]
-    branches = [_branch(n, x) for n, b in blocks.items() for x in b.branches if x.site.id in gone and n not in whole]
+    whole = [n for n, b in blocks.items() if all(x.site.id in gone and x.site.id not in maps for x in b.branches)]
+    branches = [
+        _branch(n, x) | ({"map": dict(maps[x.site.id])} if x.site.id in maps else {})
+        for n, b in blocks.items()
+        for x in b.branches
+        if x.site.id in gone and n not in whole
+    ]
     for x in (x for n, b in blocks.items() if n not in whole for x in b.branches if x.site.id in gone and x.tells):
         hint = "keep it, or drop its whole block"
         raise UnsupportedError("the next block reads what it computes beside the stream", where=x.site.id, hint=hint)
-    kept = _kept(elements, gone, own | others)
+    kept = _kept(elements, gone, own | others, whole)
     said = change(anatomy.model, stack.path, list(kept.values()))
     if others:
         _check_first(anatomy, stack, {n: b for n, b in blocks.items() if n in kept}, gone, own, kept)
@@ -258,7 +267,7 @@ def _elements(anatomy: Anatomy, stack: Stack) -> list[_Element]:
     return found
 
 
-def _kept(elements: Sequence[_Element], gone: frozenset[str], cached: set[str]) -> dict[int, int]:
+def _kept(elements: Sequence[_Element], gone: frozenset[str], cached: set[str], whole: Sequence[int]) -> dict[int, int]:
     """Which of the layers that the config counts remain: number of the element that stands for one → which it was.
 
     A layer is an element that holds a cache entry, with those beside it that lost theirs; or one that never had any.
@@ -271,7 +280,7 @@ def _kept(elements: Sequence[_Element], gone: frozenset[str], cached: set[str]) 
         branches = () if block is None else block.branches
         cut = {x.core for x in branches if x.site.id in gone}
         bare = ranks.count(rank) == 1 and not holds_cache(module, cached)
-        if block is None or (len(cut) < len(branches) and (bare or holds_cache(module, cached - cut))):
+        if block is None or (number not in whole and (bare or holds_cache(module, cached - cut))):
             kept[number] = rank
     return kept
 

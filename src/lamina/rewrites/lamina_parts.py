@@ -34,16 +34,41 @@ class Factors(nn.Module):
         return self.up(self.down(x))
 
 
+class Corrected(nn.Module):
+    """A linear map plus one of low rank: x ↦ W x + b + B (A x)."""
+
+    def __init__(self, inputs, outputs, rank, bias=False):
+        super().__init__()
+        self.in_features, self.out_features = inputs, outputs
+        self.base = nn.Linear(inputs, outputs, bias=bias)
+        self.down = nn.Linear(inputs, rank, bias=False)
+        self.up = nn.Linear(rank, outputs, bias=False)
+
+    @property
+    def weight(self):
+        """The map as one matrix [outputs, inputs]."""
+        return self.base.weight + self.up.weight @ self.down.weight
+
+    @property
+    def bias(self):
+        """What is added [outputs], or None."""
+        return self.base.bias
+
+    def forward(self, x):
+        """Both maps."""
+        return self.base(x) + self.up(self.down(x))
+
+
 class Constant(nn.Module):
-    """The same vector [width] for every token."""
+    """The same vector for every token: a map [1, width] of the number 1."""
 
     def __init__(self, width):
         super().__init__()
-        self.bias = nn.Parameter(torch.zeros(width))
+        self.bias = nn.Parameter(torch.zeros(1, width))
 
     def forward(self, x):
-        """The vector, for all tokens of x [..., width of any kind]."""
-        return self.bias.expand(*x.shape[:-1], -1)
+        """The vector, for all tokens of x [..., width]; by way of x, so that it is seen to belong to the stream."""
+        return x * 0 + self.bias[0]
 
 
 class RootMean(nn.Module):
@@ -102,6 +127,7 @@ class Passing(nn.Identity):
 BUILDERS = {
     "linear": lambda s: nn.Linear(s["inputs"], s["outputs"], bias=s.get("bias", False)),
     "factors": lambda s: Factors(s["inputs"], s["outputs"], s["rank"], s.get("bias", False)),
+    "corrected": lambda s: Corrected(s["inputs"], s["outputs"], s["rank"], s.get("bias", False)),
     "constant": lambda s: Constant(s["outputs"]),
     "root_mean": lambda s: RootMean(s["width"], s["eps"], s.get("bias", False)),
 }
@@ -124,10 +150,11 @@ def swap(model, step):
 
 
 def narrow(model, step):
-    """Keep a part of some parameters, and tell the modules and their configs the new numbers.
+    """Keep a part of some tensors, and tell the modules and their configs the new numbers.
 
     `cuts`: name → [dimension, runs of what stays] (a run is [start, stop]); `numbers`: path → attribute → number;
-    `configs`: path → field → number, in a copy of the config that is the module's own.
+    `configs`: path → field → number, in a copy of the config that is the module's own; `config`: field of the model's
+    config → [before, after], where all blocks are alike.
     """
     for name, cuts in step["cuts"].items():
         path, _, last = name.rpartition(".")
@@ -137,9 +164,14 @@ def narrow(model, step):
         for dim, runs in cuts:
             rows = torch.cat([torch.arange(a, b, device=tensor.device) for a, b in runs])
             tensor = tensor.index_select(dim, rows)
-        setattr(module, last, nn.Parameter(tensor.contiguous(), requires_grad=held.requires_grad))
-        if isinstance(module, nn.Linear) and last == "weight":
-            module.out_features, module.in_features = tensor.shape
+        tensor = tensor.contiguous()
+        setattr(module, last, nn.Parameter(tensor, held.requires_grad) if isinstance(held, nn.Parameter) else tensor)
+        if last == "weight" and tensor.ndim == 2:
+            outputs, inputs = tensor.shape if isinstance(module, nn.Linear) else tensor.shape[::-1]
+            for names, number in ((("out_features", "nf"), outputs), (("in_features", "nx"), inputs)):
+                for attribute in names:
+                    if hasattr(module, attribute):
+                        setattr(module, attribute, number)
     for path, numbers in step.get("numbers", {}).items():
         for name, number in numbers.items():
             setattr(model.get_submodule(path), name, number)
@@ -148,6 +180,8 @@ def narrow(model, step):
         module.config = copy.copy(module.config)
         for name, number in fields.items():
             setattr(module.config, name, number)
+    for name, (_, after) in step.get("config", {}).items():
+        setattr(model.config, name, after)
 
 
 def share(model, step):
@@ -158,6 +192,9 @@ def share(model, step):
         for name in others:
             path, _, last = name.rpartition(".")
             setattr(model.get_submodule(path), last, parameter)
+    for name in ("_tied_weights_keys", "all_tied_weights_keys"):  # by which transformers saves each once
+        if hasattr(model, name):
+            setattr(model, name, {**(getattr(model, name) or {}), **tied([step])})
 
 
 def tied(steps):

@@ -157,11 +157,11 @@ def _drop(model, step):
         joins, hands = branch.get("joins", False), branch.get("hands", ())
         if "map" in branch:
             map_ = build(branch["map"], block.get_submodule(branch["core"]))
-            block.set_submodule(branch["core"], Mapped(map_, branch["stream"], branch["returns"], hands))
-            continue
-        core = Gone(branch["stream"], branch["returns"], joins, width, keeps, hands)
+            core = Mapped(map_, branch["stream"], branch["returns"], hands)
+        else:
+            core = Gone(branch["stream"], branch["returns"], joins, width, keeps, hands)
         block.set_submodule(branch["core"], core.train(block.training))
-        for path in branch["own"]:
+        for path in branch["own"] if branch.get("map", {}).get("type", "constant") == "constant" else ():
             gone = Gone(width=widths[path]) if path in widths else Passing(block.get_submodule(path))
             block.set_submodule(path, gone.train(block.training))
     gone = set(step["blocks"])
@@ -327,7 +327,7 @@ def _thin_model(config, entry):
 
     def __init__(self, config, *args, **kwargs):
         for step in reversed(data["structure"]):
-            edit(_owned(config, step), step["config"], after=False)
+            edit(_owned(config, step), step.get("config", {}), after=False)
         base.__init__(self, config, *args, **kwargs)
         replay(self, data["structure"])
 

@@ -22,10 +22,15 @@ def alone(method: type) -> bool:
     return not hasattr(method, "tally")
 
 
+def variant(method: type) -> bool:
+    """Whether a rewrite is another one with other numbers: that one is tried in every run."""
+    return any(getattr(base, "card", None) is not None and base.card.role == "rewrite" for base in method.__mro__[1:])
+
+
 def cases(wanted: Callable[[Card], bool]) -> Iterator[Any]:
     """A case for each check that applies to a method whose card is `wanted`; known failures must fail.
 
-    Measures that run gradients or trials of their own are slow.
+    Measures that run gradients or trials of their own are slow, and so are rewrites that vary another.
     """
     for role, registry in ROLES.items():
         for name in registry:
@@ -35,7 +40,8 @@ def cases(wanted: Callable[[Card], bool]) -> Iterator[Any]:
             known = known_failures(method)
             for check in checks_for(role, method):
                 word = check.__name__.removeprefix("check_")
-                marks: list[Any] = [pytest.mark.slow] if runs_much(registry.card(name)) and alone(method) else []
+                long = (runs_much(registry.card(name)) and alone(method)) or variant(method)
+                marks: list[Any] = [pytest.mark.slow] if long else []
                 if check.__name__ in known:
                     marks.append(pytest.mark.xfail(strict=True, reason=known[check.__name__]))
                 yield pytest.param(method, check, id=f"{role}-{name}-{word}", marks=marks)

@@ -21,7 +21,6 @@ from lamina.core.scores import Array, Scores
 from lamina.core.sites import SUBLAYERS, Kind, Site
 
 if TYPE_CHECKING:
-    from torch import Tensor
 
     from lamina.anatomy import Anatomy
     from lamina.core.papers import Card
@@ -94,7 +93,9 @@ class DamageTally:
         assert taps.gradient is not None
         _, probes, chunk, window, _ = self.settings
         along = (taps.gradient.float() * taps.f).sum(-1).double()
-        numbers = _parts(taps, -along[0], along[1:] if probes == "fisher" else along, chunk, window)
+        from lamina.lab.bends import bends
+
+        numbers = bends(taps, -along[0], along[1:] if probes == "fisher" else along, chunk, window)
         found = Parts(*numbers, taps.rows.owners)
         self.parts[site.id] = self.parts.get(site.id, Parts()) + found
 
@@ -124,54 +125,6 @@ class DamageTally:
         other = DamageTally(*self.settings[:-1], kappa)
         other.parts = self.parts
         return other
-
-
-def _parts(taps: Taps, slope: Tensor, along: Tensor, chunk: int, window: int) -> tuple[Array, Array, Array]:
-    """Per sequence: Σ slope, Σ over windows of tokens · mean(‖f‖/‖x‖) · √F, predicted tokens.
-
-    In a window of n positions F = mean over probes of Σ_chunks (Σ_chunk along)² / 2n. `slope` [tokens], `along`
-    [probes, tokens], float64.
-    """
-    import torch
-
-    lengths = torch.bincount(taps.sequence, minlength=taps.sequences)
-    position = torch.arange(len(taps.sequence), device=lengths.device) - (lengths.cumsum(0) - lengths)[taps.sequence]
-    windows = -(lengths // -window)
-    place = (windows.cumsum(0) - windows)[taps.sequence] + position // window
-    pieces = place * (window // chunk) + position % window // chunk
-    total = int(windows.sum())
-
-    def summed(values: torch.Tensor, index: torch.Tensor, size: int) -> torch.Tensor:
-        zero = torch.zeros(*values.shape[:-1], size, dtype=torch.float64, device=values.device)
-        return zero.index_add_(-1, index, values.double())
-
-    squares = summed(along, pieces, total * (window // chunk)).square().unflatten(-1, (total, -1)).sum(-1)
-    size = summed(torch.ones_like(position, dtype=torch.float64), place, total)
-    curvature = squares.mean(0) / (2 * size)
-    part = torch.where(taps.ff > 0, (taps.ff.double() / taps.xx.double().clamp_min(1e-30)).sqrt(), 0.0)
-    bend = summed(part, place, total) * curvature.sqrt()
-    owner = torch.repeat_interleave(torch.arange(taps.sequences, device=lengths.device), windows)
-    predicted = (lengths - 1).clamp_min(0).double()
-    told = _predicted(taps)
-    apart = torch.ones_like(predicted)
-    if told is not None and bool((told != predicted).any()):  # an encoder's stream: the decoder's tokens are predicted
-        predicted, apart = told, (told / lengths.clamp_min(1)).sqrt()
-    rows = (
-        summed(slope, taps.sequence, taps.sequences),
-        summed(bend, owner, taps.sequences) * apart,
-        predicted,
-    )
-    return tuple(r.cpu().numpy() for r in rows)  # type: ignore[return-value]
-
-
-def _predicted(taps: Taps) -> Tensor | None:
-    """How many tokens each sequence predicts, float64 [sequences]; None where a model reads no tokens."""
-    from lamina.lab.rows import ids_of, real
-
-    batch = taps.rows.batch
-    if ids_of(batch) is None or len(real(batch)) != taps.sequences:
-        return None
-    return (real(batch).sum(1) - 1).clamp_min(0).double()
 
 
 @measure(

@@ -162,8 +162,8 @@ def recipe(name: str, paper: Paper | None, *, summary: str, **parts: Any) -> Row
     return entry
 
 
-TRAVELS = "lamina.rewrites.structure"
-"""The file that goes with checkpoints: it needs torch and registers nothing."""
+TRAVELS = ("lamina.rewrites.structure", "lamina.rewrites.lamina_parts")
+"""The files that go with checkpoints: they need torch and register nothing."""
 METHOD_PACKAGES = ("papers", "planners", "rewrites", "healers", "evaluators", "exporters")
 
 
@@ -173,7 +173,7 @@ def discover() -> None:
     for package in METHOD_PACKAGES:
         root = importlib.import_module(f"lamina.{package}")
         for found in pkgutil.walk_packages(root.__path__, root.__name__ + "."):
-            if found.name != TRAVELS and not found.name.rsplit(".", 1)[-1].startswith("_"):
+            if found.name not in TRAVELS and not found.name.rsplit(".", 1)[-1].startswith("_"):
                 importlib.import_module(found.name)
     from importlib.metadata import entry_points
 

@@ -69,6 +69,11 @@ class Walk:
         self.at += 1
         return added, streams
 
+    @torch.no_grad()
+    def tried(self) -> list[dict[str, Tensor]]:
+        """Run the block as it is at this moment and stay: per batch, what each of its branches adds."""
+        return self._run(self.gone)[0]
+
     def skip(self) -> None:
         """Go on behind a block without running it: the streams are what they are."""
         self.at += 1

@@ -87,6 +87,14 @@ class Factorise:
         lab.renew()
         return receipt
 
+    def weights(self, step: Step, anatomy: Anatomy, seen: InputMoments | None) -> dict[str, Tensor]:
+        """Path → the map as one matrix [outputs, inputs], as it would be; `seen` where the method is `informed`."""
+        found = {}
+        for site in step.sites:
+            first, second = self._factors(anatomy, site, number_for(step, "rank", site), seen)
+            found[anatomy.site(site).path] = second @ first
+        return found
+
     def _factors(self, anatomy: Anatomy, site: str, rank: int, seen: InputMoments | None) -> tuple[Tensor, Tensor]:
         weight = anatomy.weight(site).detach().double()
         scale = self.scaling(weight, *seen.of(site)) if seen is not None else None

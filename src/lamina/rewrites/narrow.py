@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lamina.anatomy import Anatomy
     from lamina.core.sites import Site
     from lamina.lab import Lab
+    from lamina.lab.moments import InputMoments
 
 KINDS = (Kind.HEAD, Kind.KV_GROUP, Kind.NEURON)
 
@@ -91,17 +92,28 @@ class Narrow:
             return {}
         from lamina.lab.moments import input_moments
 
-        anatomy = lab.anatomy
-        homes = {s.path: s.id for s in anatomy.linears()}
-        tails = {s.id: homes[anatomy.tail(s)] for s in sites if anatomy.tail(s) in homes}
-        seen = input_moments(lab, tails.values())
+        return self._taken_over(step, lab.anatomy, input_moments(lab, tails_of(lab.anatomy, sites).values()))
+
+    def _taken_over(self, step: Step, anatomy: Anatomy, seen: InputMoments) -> dict[str, Tensor]:
+        sites = [anatomy.site(s) for s in step.sites]
+        tails = tails_of(anatomy, sites)
         found: dict[str, Tensor] = {}
-        for site in sites:
-            if site.id in tails:
-                columns = [c for n in gone_of(step, site.id) for c in anatomy.columns(site)[n]]
-                path = anatomy.tail(site)
-                weight = found.get(path, anatomy.weight(tails[site.id]).detach().double())
-                found[path] = taken_over(weight, seen.of(tails[site.id])[0], columns, self.refit)
+        for site in (s for s in sites if s.id in tails):
+            columns = [c for n in gone_of(step, site.id) for c in anatomy.columns(site)[n]]
+            path = anatomy.tail(site)
+            weight = found.get(path, anatomy.weight(tails[site.id]).detach().double())
+            found[path] = taken_over(weight, seen.of(tails[site.id])[0], columns, self.refit)
+        return found
+
+    def weights(self, step: Step, anatomy: Anatomy, seen: InputMoments | None) -> dict[str, Tensor]:
+        """Path → the last map as it would be, in its present shape: the columns of what goes are zero."""
+        sites = [anatomy.site(s) for s in step.sites]
+        tails = tails_of(anatomy, sites)
+        found = self._taken_over(step, anatomy, seen) if self.refit and seen is not None else {}
+        for site in (s for s in sites if s.id in tails):
+            path = anatomy.tail(site)
+            weight = found.setdefault(path, anatomy.weight(tails[site.id]).detach().clone())
+            weight[:, [c for n in gone_of(step, site.id) for c in anatomy.columns(site)[n]]] = 0
         return found
 
     def replay(self, receipt: Receipt, skeleton: nn.Module, anatomy: Anatomy | None = None) -> None:
@@ -119,6 +131,12 @@ class Narrow:
             gone = {s.id: list(range(n, n + count)) for n, s in enumerate(sites)}
             steps += [Step(rewrite="narrow", sites=tuple(gone), options={"gone": gone})] if gone else []
         return tuple(steps)
+
+
+def tails_of(anatomy: Anatomy, sites: Sequence[Site]) -> dict[str, str]:
+    """Site of units → the linear map whose inputs they are, where it is one that sees every token."""
+    homes = {s.path: s.id for s in anatomy.linears()}
+    return {s.id: homes[anatomy.tail(s)] for s in sites if anatomy.tail(s) in homes}
 
 
 def gone_of(step: Step, site: str) -> list[int]:

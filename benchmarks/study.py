@@ -1,6 +1,7 @@
 """Which measure predicts the damage of leaving a site out, on five real models, and which picks the best plan.
 
-    python benchmarks/study.py FOLDER [model ...] [--work DIR]     (FOLDER: of tools/real_models.py and real_inputs.py)
+    python benchmarks/study.py FOLDER [model ...] [--work DIR] [--without MODEL:MEASURE ...]
+                                                          (FOLDER: of tools/real_models.py and real_inputs.py)
 
 Of every model: the exact leave-one-out damage of all blocks and sublayers; every registered measure on the same
 sequences (measures of heads, neurons and linear maps by the mean over those of a sublayer); Spearman's rank correlation
@@ -98,9 +99,9 @@ class Kept:
         write_text(self.path, to_json(self.data))
 
 
-def survey(lab: Lab, kept: Kept) -> dict[str, Scores]:
+def survey(lab: Lab, kept: Kept, without: Sequence[str]) -> dict[str, Scores]:
     """Every measure's scores, and the seconds that it took where it ran by itself."""
-    names = [n for n in measures() if n not in kept.data["scores"]]
+    names = [n for n in measures() if n not in kept.data["scores"] and n not in without]
     shared = {n: m for n in names if shares(m := MEASURES.make(n))}
     for need in (Need.FORWARD, Need.GRADIENT, Need.ABLATION):
         mine = {n: m for n, m in shared.items() if m.card.needs is need}
@@ -113,7 +114,10 @@ def survey(lab: Lab, kept: Kept) -> dict[str, Scores]:
         began = time.perf_counter()
         keep(kept, name, own(lab, MEASURES.make(name)))
         print(f"  {name}: {time.perf_counter() - began:.1f} s", flush=True)
-    return {n: Scores.from_data(kept.data["scores"][n]) for n in measures()}
+    return {
+        n: Scores.from_data(kept.data["scores"][n]) if n in kept.data["scores"] else Scores.none(n, "not run")
+        for n in measures()
+    }
 
 
 def keep(kept: Kept, name: str, scores: Scores) -> None:
@@ -173,13 +177,13 @@ def planned(scores: Mapping[str, float], lab: Lab, kinds: set[Kind], share: floa
     return tuple(gone)
 
 
-def study(name: str, folder: Path, work: Path) -> dict[str, Any]:
+def study(name: str, folder: Path, work: Path, without: Sequence[str] = ()) -> dict[str, Any]:
     """All figures of one model."""
     print(name, flush=True)
     kept = Kept(work / f"{name}.json")
     model, seen, unseen = inputs(name, folder)
     lab = Lab(model, seen)
-    tables = {n: folded(s, lab) for n, s in survey(lab, kept).items()}
+    tables = {n: folded(s, lab) for n, s in survey(lab, kept, without).items()}
     truth = tables[TRUTH]
     of = {s.id: s.kind for s in lab.anatomy.sites}
     rows: dict[str, dict[str, Any]] = {n: {} for n in tables}
@@ -245,10 +249,12 @@ def main() -> str:
     parser.add_argument("folder", type=Path)
     parser.add_argument("models", nargs="*", default=list(MODELS))
     parser.add_argument("--work", type=Path, default=Path(__file__).parent / "work" / "study")
+    parser.add_argument("--without", nargs="*", default=[])
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    found = {name: study(name, given.folder, given.work) for name in given.models}
+    apart = [entry.partition(":") for entry in given.without]
+    found = {n: study(n, given.folder, given.work, [m for k, _, m in apart if k == n]) for n in given.models}
     return f"{machine(given.threads)}\n\n{page(found)}"
 
 

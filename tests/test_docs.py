@@ -125,6 +125,20 @@ def test_tutorial_python(quick: Path) -> None:
     assert (quick / "run2" / "evidence.json").is_file()
 
 
+def test_rewrites_page(quick: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = ROOT / "docs" / "rewrites.md"
+    assert run_python(page) == 1
+    assert "narrow 43488 -> 43200" in capsys.readouterr().out
+    run_commands(page)
+    assert (quick / "mixed" / "report.html").is_file()
+    told = {
+        name
+        for row in re.findall(r"^\| (`.*?) \|", page.read_text(encoding="utf-8"), re.MULTILINE)
+        for name in row.split("`")[1::2]
+    }
+    assert told <= set(registry.REWRITES)
+
+
 @pytest.mark.slow
 def test_survey_page(workplace: Path) -> None:
     from safetensors.torch import save_file

@@ -52,6 +52,11 @@ def amount(text: str, option: str) -> int:
     return value
 
 
+def most(text: str, option: str) -> dict[str, Any]:
+    """`100M` or `200MB` as a limit, `50%` as a share to keep."""
+    return {"keep": share(text)} if text.strip().endswith("%") else {"limit": amount(text, option)}
+
+
 def budget_of(
     keep: str | None,
     parameters: str | None,
@@ -67,9 +72,9 @@ def budget_of(
     if keep is not None:
         asked.append(("--keep", lambda: {"keep": share(keep)}))
     if parameters is not None:
-        asked.append(("--parameters", lambda: {"limit": amount(parameters, "--parameters")}))
+        asked.append(("--parameters", lambda: most(parameters, "--parameters")))
     if bytes_ is not None:
-        asked.append(("--bytes", lambda: {"metric": "bytes", "limit": amount(bytes_, "--bytes")}))
+        asked.append(("--bytes", lambda: {"metric": "bytes", **most(bytes_, "--bytes")}))
     if blocks is not None:
         asked.append(("--blocks", lambda: {"metric": "blocks", "drop": blocks}))
     if sublayers is not None:

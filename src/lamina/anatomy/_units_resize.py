@@ -80,10 +80,10 @@ class _Set:
         self.changes = [(holder, name, made, vars(holder)[name]) for holder, name, made in changes]
 
     def __enter__(self) -> None:
-        for holder, name, made, _ in self.changes:
-            vars(holder)[name] = made
+        for holder, name, value, _ in self.changes:
+            vars(holder)[name] = value
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: object) -> None:
         for holder, name, _, before in reversed(self.changes):
             vars(holder)[name] = before
 

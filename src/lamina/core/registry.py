@@ -8,11 +8,14 @@ import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lamina.core.errors import InputError, did_you_mean
 from lamina.core.papers import Card, Need, Paper, Status
 from lamina.core.sites import Kind
+
+if TYPE_CHECKING:
+    from lamina.core.documents import Step
 
 C = TypeVar("C", bound=type)
 
@@ -30,11 +33,11 @@ class Registry:
 
     def card(self, name: str) -> Card:
         """The card of one method."""
-        return self._find(name).card  # type: ignore[attr-defined]
+        return self.method(name).card  # type: ignore[attr-defined]
 
     def make(self, name: str, options: Mapping[str, Any] | None = None) -> Any:
         """Build a method with `options`; an unknown option is an error with a hint."""
-        found = self._find(name)
+        found = self.method(name)
         known = {f.name for f in dataclasses.fields(found) if f.init}
         for key in options or {}:
             if key not in known:
@@ -51,7 +54,7 @@ class Registry:
         cls.card = card
         self._classes[card.name] = cls
 
-    def _find(self, name: str) -> type:
+    def method(self, name: str) -> type:
         discover()
         if name not in self._classes:
             raise InputError(f"no {self.role} named {name!r}", hint=did_you_mean(name, self._classes))
@@ -142,6 +145,12 @@ def _decorator(registry: Registry) -> Callable[..., Callable[[C], C]]:
         return enter
 
     return register
+
+
+def rewrite_of(step: Step) -> Any:
+    """The rewrite of a step, with those of the step's options that are the method's own."""
+    own = {f.name for f in dataclasses.fields(REWRITES.method(step.rewrite)) if f.init}
+    return REWRITES.make(step.rewrite, {k: v for k, v in step.options.items() if k in own})
 
 
 measure = _decorator(MEASURES)

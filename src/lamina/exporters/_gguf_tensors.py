@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lamina.anatomy.families import llama_gguf as family
+from lamina.core.errors import UnsupportedError
 from lamina.exporters._problems import Problem
+from lamina.maths.grids import GRIDS
+
+if TYPE_CHECKING:
+    from lamina.core.documents import Receipt
 
 FILLER_WIDTH = 32
 """Neurons of the zero MLP that stands for a dropped one: llama.cpp drops a whole block whose width is 0."""
@@ -20,7 +25,8 @@ FILLER_WIDTH = 32
 @dataclass(frozen=True, kw_only=True)
 class BlockWeights:
     """One block. q [heads*d, hidden], k and v [kv*d, hidden], o [hidden, heads*d]; gate and up [width, hidden],
-    down [hidden, width]; norms [hidden]; biases [rows]. A sublayer without tensors is absent.
+    down [hidden, width]; norms [hidden]; biases [rows]. A sublayer without tensors is absent. `types` names the GGUF
+    types of the matrices that lie on their grids.
     """
 
     attn_norm: Tensor | None = None
@@ -39,6 +45,7 @@ class BlockWeights:
     gate_bias: Tensor | None = None
     up_bias: Tensor | None = None
     down_bias: Tensor | None = None
+    types: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def heads(self, head_dim: int) -> int:
         """Query heads; 0 without attention."""
@@ -128,6 +135,45 @@ def extract(model: nn.Module) -> Weights:
     )
 
 
+def typed(weights: Weights, receipts: Sequence[Receipt]) -> Weights:
+    """The same, with the types of the matrices that lie on a grid to which these receipts say that maps were rounded.
+
+    Of two grids that hold a matrix it gets the one of fewer bits: the numbers are the same. Raises UnsupportedError
+    where fewer matrices than the receipts name lie on one.
+    """
+    asked = _rounded(receipts)
+    names = [name for name in GRIDS if name in asked.values()]
+    blocks = tuple(replace(block, types=dict(_types(block, names))) for block in weights.blocks)
+    lost = len(asked) - sum(len(block.types) for block in blocks)
+    if lost > 0:
+        what = f"{lost} of {len(asked)} rounded maps do not lie on the grid of {' or '.join(names)} any more"
+        raise UnsupportedError(what, where="gguf", hint="heal and change weights first, and round them last")
+    return replace(weights, blocks=blocks)
+
+
+def _rounded(receipts: Sequence[Receipt]) -> dict[str, str]:
+    """Rounded maps that are still there → the type. A rewrite that rounds says to which by its option `type`."""
+    asked: dict[str, str] = {}
+    for receipt in receipts:
+        kind = receipt.options.get("type")
+        if kind is not None:
+            asked |= {s: str(kind[s] if isinstance(kind, Mapping) else kind) for s in receipt.sites}
+        elif receipt.rewrite == "drop":
+            gone = tuple(f"{s}." for s in receipt.sites)
+            asked = {s: k for s, k in asked.items() if not s.startswith(gone)}
+    return asked
+
+
+def _types(block: BlockWeights, names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Field → type of the block's matrices that lie on one of these grids."""
+    for part in family.PARTS.values():
+        matrix = getattr(block, part)
+        if matrix is not None and matrix.ndim > 1:
+            found = next((name for name in names if GRIDS[name].holds(matrix)), None)
+            if found is not None:
+                yield part, found
+
+
 def fill(blocks: tuple[BlockWeights, ...], hidden: int, head_dim: int) -> tuple[BlockWeights, ...]:
     """Blocks as llama.cpp can load them, computing the same.
 
@@ -157,7 +203,7 @@ def interleave(weight: Tensor, head_dim: int) -> Tensor:
 
 
 def _block(layer: nn.Module, head_dim: int, scale: float) -> BlockWeights:
-    parts = {family.PARTS[name]: tensor.detach() for name, tensor in layer.named_parameters()}
+    parts: dict[str, Any] = {family.PARTS[name]: tensor.detach() for name, tensor in layer.named_parameters()}
     if "q" not in parts:
         parts.pop("attn_norm", None)
     if "gate" not in parts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +18,15 @@ from lamina.core.errors import InputError, UnsupportedError, did_you_mean
 from lamina.core.files import atomic
 from lamina.exporters._gguf_tensors import BlockWeights, Rope, fill, head_dim_of, interleave, rope_base
 from lamina.exporters._gguf_vocab import read_vocabulary
+from lamina.maths.grids import GRIDS
 
 FORMATS = {
     "f32": (torch.float32, GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
     "f16": (torch.float16, GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
     "bf16": (torch.bfloat16, GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
 }
-"""Of the matrices; norms, biases and rotary divisors are always float32, as llama.cpp wants them."""
+"""Of the matrices without a type of their own; norms, biases and rotary divisors are always float32, as llama.cpp
+wants them."""
 
 _TENSORS = {
     "attn_norm": MODEL_TENSOR.ATTN_NORM,
@@ -37,6 +40,16 @@ _TENSORS = {
     "down": MODEL_TENSOR.FFN_DOWN,
 }
 _ROTATED = ("q", "k")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A tensor of the file, whether its rows are to be interleaved, and the type of the grid that it lies on."""
+
+    name: str
+    tensor: Tensor
+    rotated: bool = False
+    type: str = ""
 
 
 @dataclass(frozen=True)
@@ -92,14 +105,15 @@ def write_gguf(  # noqa: PLR0913
     vocabulary = read_vocabulary(tokenizer_source, embedding.shape[0])
     with atomic(path) as draft:
         writer = gguf.GGUFWriter(draft, layout.architecture)
-        _header(writer, config, layout, rope, embedding.shape[0], dtype, name or path.stem)
+        _header(writer, config, layout, rope, embedding.shape[0], name or path.stem)
+        writer.add_file_type(_file_type(filled, dtype))
         for entry in vocabulary:
             writer.add_key_value(entry.key, entry.value, entry.type, entry.items)
         _body(writer, list(_tensors(filled, embedding, final_norm, head, rope, head_dim)), dtype, head_dim)
     return path
 
 
-def _header(writer: gguf.GGUFWriter, config: Any, layout: Layout, rope: Rope, rows: int, dtype: str, name: str) -> None:
+def _header(writer: gguf.GGUFWriter, config: Any, layout: Layout, rope: Rope, rows: int, name: str) -> None:
     head_dim = head_dim_of(config)
     same = layout.architecture == gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.LLAMA]
     writer.add_type("model")
@@ -116,7 +130,6 @@ def _header(writer: gguf.GGUFWriter, config: Any, layout: Layout, rope: Rope, ro
     writer.add_rope_dimension_count(head_dim)
     writer.add_rope_freq_base(rope.base)
     writer.add_vocab_size(rows)
-    writer.add_file_type(FORMATS[dtype][2])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
@@ -127,42 +140,67 @@ def _tensors(
     head: Tensor | None,
     rope: Rope,
     head_dim: int,
-) -> Iterator[tuple[str, Tensor, bool]]:
-    """Name, tensor, and whether its rows are to be interleaved."""
+) -> Iterator[Row]:
     names = gguf.TENSOR_NAMES
-    yield f"{names[MODEL_TENSOR.TOKEN_EMBD]}.weight", embedding, False
-    yield f"{names[MODEL_TENSOR.OUTPUT_NORM]}.weight", final_norm, False
+    yield Row(f"{names[MODEL_TENSOR.TOKEN_EMBD]}.weight", embedding)
+    yield Row(f"{names[MODEL_TENSOR.OUTPUT_NORM]}.weight", final_norm)
     if head is not None:
-        yield f"{names[MODEL_TENSOR.OUTPUT]}.weight", head, False
+        yield Row(f"{names[MODEL_TENSOR.OUTPUT]}.weight", head)
     if rope.divisors is not None:
-        yield f"{names[MODEL_TENSOR.ROPE_FREQS]}.weight", rope.divisors, False
+        yield Row(f"{names[MODEL_TENSOR.ROPE_FREQS]}.weight", rope.divisors)
     for index, block in enumerate(blocks):
         for field, tensor in _TENSORS.items():
-            for suffix, value in (("weight", getattr(block, field)), ("bias", getattr(block, f"{field}_bias", None))):
-                if value is not None:
-                    yield f"{names[tensor].format(bid=index)}.{suffix}", value, field in _ROTATED
+            name, rotated = names[tensor].format(bid=index), field in _ROTATED
+            if (weight := getattr(block, field)) is not None:
+                yield Row(f"{name}.weight", weight, rotated, block.types.get(field, ""))
+            if (bias := getattr(block, f"{field}_bias", None)) is not None:
+                yield Row(f"{name}.bias", bias, rotated)
 
 
-def _body(writer: gguf.GGUFWriter, rows: list[tuple[str, Tensor, bool]], dtype: str, head_dim: int) -> None:
+def _file_type(blocks: Sequence[BlockWeights], dtype: str) -> LlamaFileType:
+    """The type of most of the blocks' matrices; llama.cpp only shows it."""
+    matrices = [f for f in _TENSORS if "norm" not in f]
+    counts = Counter(b.types.get(f, "") for b in blocks for f in matrices if getattr(b, f) is not None)
+    most = counts.most_common(1)[0][0]
+    return LlamaFileType[f"MOSTLY_{most}"] if most else FORMATS[dtype][2]
+
+
+def _body(writer: gguf.GGUFWriter, rows: list[Row], dtype: str, head_dim: int) -> None:
     try:
-        for name, tensor, _ in rows:
-            kind, raw, _ = FORMATS[dtype if tensor.ndim > 1 else "f32"]
-            size = tensor.numel() * torch.empty((), dtype=kind).element_size()
-            writer.add_tensor_info(name, tuple(tensor.shape), np.dtype(np.uint16), size, raw_dtype=raw)
+        for row in rows:
+            raw, size = _stored(row, dtype)
+            writer.add_tensor_info(row.name, tuple(row.tensor.shape), np.dtype(np.uint16), size, raw_dtype=raw)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for name, tensor, rotated in rows:
-            writer.write_tensor_data(_bytes(name, interleave(tensor, head_dim) if rotated else tensor, dtype))
+        for row in rows:
+            writer.write_tensor_data(_bytes(row, dtype, head_dim))
     finally:
         writer.close()
 
 
-def _bytes(name: str, tensor: Tensor, dtype: str) -> np.ndarray[Any, Any]:
+def _stored(row: Row, dtype: str) -> tuple[GGMLQuantizationType, int]:
+    """The tensor's type in the file, and its bytes there."""
+    weights = row.tensor.numel()
+    if row.type:
+        grid = GRIDS[row.type]
+        return GGMLQuantizationType[row.type], weights // grid.block * grid.size
+    kind, raw, _ = FORMATS[dtype if row.tensor.ndim > 1 else "f32"]
+    return raw, weights * torch.empty((), dtype=kind).element_size()
+
+
+def _bytes(row: Row, dtype: str, head_dim: int) -> np.ndarray[Any, Any]:
+    tensor = row.tensor.detach().cpu()
+    tensor = interleave(tensor, head_dim) if row.rotated else tensor
+    if row.type:
+        written = GRIDS[row.type].written(tensor)
+        if written is None:
+            raise UnsupportedError(f"does not lie on the grid of {row.type}", where=row.name)
+        return written.reshape(-1).numpy()
     kind = FORMATS[dtype if tensor.ndim > 1 else "f32"][0]
-    out = tensor.detach().cpu().to(kind).contiguous()
+    out = tensor.to(kind).contiguous()
     if not bool(torch.isfinite(out).all()):
         fits = bool(torch.isfinite(tensor).all())
         what = f"has numbers beyond the range of {dtype}" if fits else "has numbers that are not finite"
-        raise UnsupportedError(what, where=name, hint="write bf16 or f32" if fits else "")
+        raise UnsupportedError(what, where=row.name, hint="write bf16 or f32" if fits else "")
     return out.reshape(-1).view(torch.uint8).numpy()

@@ -3,6 +3,8 @@
 Facts of llama.cpp that this rests on (src/models/deci.cpp, load_hparams): a block with head_count 0 skips its
 attention; one with feed_forward_length 0 is skipped whole, its attention too; head width and rotary dimensions
 are read only where block 0 has heads; q and k are rotated in neighbouring pairs.
+
+Maps that were rounded to the grid of a GGUF type are written in that type, to the last number.
 """
 
 from __future__ import annotations
@@ -60,15 +62,17 @@ class Gguf:
     def export(self, model: nn.Module, run: Any, to: Path, /) -> list[Path]:
         """Write `to` (a .gguf file, or a folder for model.gguf) and give its path.
 
-        `run` names the tokenizer: see `tokenizer_of`. Raises UnsupportedError where the structure does not fit and
+        `run` names the tokenizer: see `tokenizer_of`; by its `receipts`, if it has any, rounded maps are known. Raises
+        UnsupportedError where the structure does not fit, or maps that were rounded have changed since, and
         CertificateError where the model computes something else than Llama does from the same tensors.
         """
         from lamina.exporters._gguf_certify import certify
-        from lamina.exporters._gguf_tensors import extract
+        from lamina.exporters._gguf_tensors import extract, typed
         from lamina.exporters._gguf_write import write_gguf
 
         path = to if to.suffix == ".gguf" else to / "model.gguf"
-        weights = extract(model)
+        found = getattr(run, "receipts", ())
+        weights = typed(extract(model), tuple(getattr(found, "receipts", found)))
         certify(model, weights)
         write_gguf(
             path,

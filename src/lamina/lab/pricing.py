@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -66,7 +66,7 @@ class _Kept:
 class Keeper:
     """A tally that keeps what prices need of every sublayer and batch, in the model's own type."""
 
-    probes: ClassVar[tuple[str, ...]] = ("loss", "fisher")
+    probes: tuple[str, ...] = ("loss", "fisher")
     kept: dict[str, list[_Kept]] = field(default_factory=dict[str, list[_Kept]])
 
     def add(self, site: Site, taps: Taps) -> None:
@@ -79,7 +79,7 @@ class Keeper:
 
     def merge(self, other: Keeper) -> Keeper:
         """What both kept."""
-        both = Keeper()
+        both = Keeper(self.probes)
         for site in {**self.kept, **other.kept}:
             both.kept[site] = self.kept.get(site, []) + other.kept.get(site, [])
         return both
@@ -92,12 +92,13 @@ class Keeper:
 class Pricing:
     """Prices of changes to the sublayers of a lab's model, on the lab's text.
 
+    `probes`: whose gradients make the curvature (see `lamina.lab.probes`); without "loss" there is no first-order term.
     Memory: what every sublayer adds and two gradients of it, for all tokens of the text.
     """
 
-    def __init__(self, lab: Lab) -> None:
+    def __init__(self, lab: Lab, probes: tuple[str, ...] = ("loss", "fisher")) -> None:
         self.lab = lab
-        self.keeper = Keeper()
+        self.keeper = Keeper(probes)
         stream_gradients(lab, [self.keeper], what="gradients", score=False)
 
     def silence(self, site: str) -> Priced:
@@ -128,7 +129,9 @@ class Pricing:
         along = (kept.gradient.float() * delta).sum(-1).double()
         taps = kept.taps
         taps.__dict__["dots"] = (kept.xx, kept.xx, (delta * delta).sum(-1).double())
-        slope, damped, count = bends(taps, along[0], along, CHUNK, WINDOW)
+        told = "loss" in self.keeper.probes
+        first = along[self.keeper.probes.index("loss")] if told else torch.zeros_like(along[0])
+        slope, damped, count = bends(taps, first, along, CHUNK, WINDOW)
         curve = curvature(taps, along)
         return Priced(slope, curve, damped, count)
 

@@ -16,6 +16,7 @@ from lamina.core.files import atomic, fingerprint, sweep
 from lamina.core.papers import Need, Status
 from lamina.core.sites import SUBLAYERS, Kind
 from lamina.pipeline.checks import check, fitting, seeded
+from lamina.pipeline.order import informed, merged
 from lamina.pipeline.run import Run
 from lamina.pipeline.scoring import Desk, How
 from lamina.pipeline.table import PARTS, SURVEY, write_parts, write_survey
@@ -141,7 +142,14 @@ def refit_step(lab: Lab, gone: Sequence[str]) -> Step | None:
 
 
 def _expect(run: Run, lab: Lab, steps: Sequence[Step], gone: Sequence[str]) -> dict[str, float]:
-    """What the plan should cost: resources exactly, the loss as measured on the calibration text."""
+    """What the plan should cost: resources exactly, the loss as measured on the calibration text.
+
+    Of a plan of other rewrites than drops the loss is the sum of its steps' prices.
+    """
+    if any(s.rewrite not in ("drop", "refit") for s in steps):
+        whole, free = dataclasses.asdict(lab.anatomy.total()), [s.why for s in steps]
+        left = {name: round(value - sum(w.get(name, 0.0) for w in free)) for name, value in whole.items()}
+        return {"loss": round(sum(w.get("damage", 0.0) for w in free), 6), **left}
     after = lab.anatomy.total() - lab.anatomy.freed(gone)
     expects: dict[str, float] = {
         "loss": round(expected_loss(lab, steps, gone), 6),
@@ -165,7 +173,7 @@ def expected_loss(lab: Lab, steps: Sequence[Step], gone: Sequence[str]) -> float
     dense = judging.loss()
     with kept_weights(lab, [s for step in fits for s in step.sites]):
         for step in fits:
-            registry.REWRITES.make(step.rewrite).apply(step, fitting)
+            registry.rewrite_of(step).apply(step, fitting)
         return judging.loss(gone) - dense
 
 
@@ -189,18 +197,10 @@ def rewritten(run: Run, plan_: Plan) -> tuple[Any, tuple[Receipt, ...]]:
 
     run.say(f"applying {len(plan_.steps)} steps")
     model = copy.deepcopy(run.loaded.model)
-    fits = any(s.rewrite == "refit" for s in plan_.steps)
-    text = run.tokens.calibration if fits else run.tokens.calibration[:1]
+    text = run.tokens.calibration if informed(plan_.steps) else run.tokens.calibration[:1]
     lab = Lab(model, text, seed=run.recipe.seed, progress=run.progress)
-    receipts = [registry.REWRITES.make(step.rewrite).apply(step, lab) for step in merged(plan_.steps, lab)]
+    receipts = [registry.rewrite_of(step).apply(step, lab) for step in merged(plan_.steps, lab)]
     return model, tuple(receipts)
-
-
-def merged(steps: Sequence[Step], lab: Lab) -> list[Step]:
-    """The plan's steps in order, its drops as one: sites are named as in the dense model throughout."""
-    gone = lab.anatomy.collapse(lab.anatomy.expand(s for step in steps if step.rewrite == "drop" for s in step.sites))
-    others = [s for s in steps if s.rewrite != "drop"]
-    return [*others, Step(rewrite="drop", sites=gone)] if gone else others
 
 
 def _publish(run: Run, model: Any, receipts: Receipts) -> None:

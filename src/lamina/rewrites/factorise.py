@@ -33,6 +33,8 @@ class Factorise:
     card: ClassVar[Card]
     informed: ClassVar[bool] = False
     """Whether `scaling` looks at the inputs."""
+    each: ClassVar[tuple[str, ...]] = ("rank",)
+    """Options that may differ from site to site."""
 
     def scaling(self, weight: Tensor, moment: Tensor, size: Tensor, tokens: int) -> tuple[Tensor, Tensor] | None:
         """S and its inverse, float64 [inputs, inputs] or, of a diagonal, [inputs]; None for the identity.
@@ -89,15 +91,18 @@ class Factorise:
 
     def weights(self, step: Step, anatomy: Anatomy, seen: InputMoments | None) -> dict[str, Tensor]:
         """Path → the map as one matrix [outputs, inputs], as it would be; `seen` where the method is `informed`."""
-        found = {}
-        for site in step.sites:
-            first, second = self._factors(anatomy, site, number_for(step, "rank", site), seen)
-            found[anatomy.site(site).path] = second @ first
-        return found
+        return {path: second @ first for path, first, second in self.factors(step, anatomy, seen).values()}
+
+    def factors(self, step: Step, anatomy: Anatomy, seen: InputMoments | None) -> dict[str, tuple[str, Tensor, Tensor]]:
+        """Site → its path, A and B; the first r rows of A and columns of B are the factors of rank r."""
+        return {
+            site: (anatomy.site(site).path, *self._factors(anatomy, site, number_for(step, "rank", site), seen))
+            for site in step.sites
+        }
 
     def _factors(self, anatomy: Anatomy, site: str, rank: int, seen: InputMoments | None) -> tuple[Tensor, Tensor]:
         weight = anatomy.weight(site).detach().double()
-        scale = self.scaling(weight, *seen.of(site)) if seen is not None else None
+        scale = self.scaling(weight, *seen.of(site)) if seen is not None and self.informed else None
         return factors_of(weight, rank, scale)
 
     def replay(self, receipt: Receipt, skeleton: nn.Module, anatomy: Anatomy | None = None) -> None:

@@ -34,6 +34,7 @@ class Narrow:
     """
 
     card: ClassVar[Card]
+    each: ClassVar[tuple[str, ...]] = ("gone",)
 
     refit: float = 0.0
 

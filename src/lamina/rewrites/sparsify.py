@@ -86,6 +86,8 @@ class Sparsify(ABC):
     """
 
     card: ClassVar[Card]
+    each: ClassVar[tuple[str, ...]] = AMOUNTS
+    stage: ClassVar[int] = 1
 
     @abstractmethod
     def sparse(self, given: Given) -> Tensor:

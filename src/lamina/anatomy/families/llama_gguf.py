@@ -68,7 +68,10 @@ REWRITES = {
     "flatten": "llama.cpp runs the two sublayers of a block one after the other",
     "replace": "neither `llama` nor `deci` has a linear map in place of a sublayer",
     "factorise": "neither `llama` nor `deci` has factorised projections",
-    "quantise": "the exporter writes f32, f16 or bf16; quantise the GGUF with llama-quantize instead",
+    "round": "",
+    "gptq": "",
+    "rsq": "",
+    "sliderquant": "",
 }
 """Rewrite → why GGUF can't hold what it makes; empty where it can."""
 KINDS = {

@@ -21,7 +21,6 @@ from lamina.core.scores import Array, Scores
 from lamina.core.sites import SUBLAYERS, Kind, Site
 
 if TYPE_CHECKING:
-
     from lamina.anatomy import Anatomy
     from lamina.core.papers import Card
     from lamina.lab import Lab, Taps

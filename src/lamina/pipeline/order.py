@@ -1,0 +1,60 @@
+"""In which order a plan's steps are done: those of one rewrite as one, rounding behind what it rounds, drops last."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lamina.core import registry
+from lamina.core.documents import Step
+from lamina.core.papers import Need
+
+if TYPE_CHECKING:
+    from lamina.lab import Lab
+
+
+def informed(steps: Sequence[Step]) -> bool:
+    """Whether any of the steps looks at a text."""
+    return any(registry.REWRITES.card(s.rewrite).needs >= Need.FORWARD for s in steps)
+
+
+def merged(steps: Sequence[Step], lab: Lab) -> list[Step]:
+    """The steps as they are done: sites are named as in the dense model throughout, so what drops comes last, at once.
+
+    Steps of one rewrite whose options go together are one: options that differ are told site by site. A rewrite whose
+    class says a later `stage` comes behind the others.
+    """
+    gone = [site for step in steps if step.rewrite == "drop" for site in step.sites]
+    found: list[Step] = []
+    for step in (s for s in steps if s.rewrite != "drop"):
+        place = next((n for n, s in enumerate(found) if (together(s, step)) is not None), None)
+        if place is None:
+            found.append(step)
+        else:
+            joined = together(found[place], step)
+            assert joined is not None
+            found[place] = joined
+    found.sort(key=lambda s: getattr(type(registry.rewrite_of(s)), "stage", 0))
+    out = lab.anatomy.collapse(lab.anatomy.expand(gone))
+    return [*found, Step(rewrite="drop", sites=out)] if out else found
+
+
+def together(one: Step, other: Step) -> Step | None:
+    """Both as one step; None where they are not of one rewrite, or their options can't be told site by site."""
+    each = getattr(type(registry.rewrite_of(one)), "each", ())
+    if one.rewrite != other.rewrite or set(one.sites) & set(other.sites) or not each:
+        return None
+    options: dict[str, Any] = {}
+    for name in {**one.options, **other.options}:
+        mine, theirs = one.options.get(name), other.options.get(name)
+        if name in each:
+            options[name] = {**_by_site(one, mine), **_by_site(other, theirs)}
+        elif mine != theirs:
+            return None
+        else:
+            options[name] = mine
+    return Step(rewrite=one.rewrite, sites=(*one.sites, *other.sites), options=options)
+
+
+def _by_site(step: Step, value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else dict.fromkeys(step.sites, value)

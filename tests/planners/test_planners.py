@@ -382,6 +382,9 @@ def test_every_recipe_row_can_be_put_together(name: str) -> None:
     lab = Lab(tiny("llama"), text(4, 8))
     scores = measure.measure(lab) if measure else None
     steps = planner.plan(scores, Budget(metric="parameters", keep=0.8), lab.anatomy, Bench(lab, measure))
+    if entry.planner == "knapsack":
+        assert sum(s.why["parameters"] for s in steps) >= 0.2 * lab.anatomy.total().parameters
+        return
     assert met(
         "llama", Budget(metric="parameters", keep=0.8), [s for x in steps if x.rewrite == "drop" for s in x.sites]
     )

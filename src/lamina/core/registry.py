@@ -55,6 +55,7 @@ class Registry:
         self._classes[card.name] = cls
 
     def method(self, name: str) -> type:
+        """The class of one method; an unknown name is an error with a hint."""
         discover()
         if name not in self._classes:
             raise InputError(f"no {self.role} named {name!r}", hint=did_you_mean(name, self._classes))

@@ -45,13 +45,15 @@ class InputMoments:
         self.tokens[site.id] = self.tokens.get(site.id, 0) + len(x)
 
     def _shared(self, site: str, x: Tensor) -> bool:
-        """Whether the map sees what the one before saw; once it has sums of its own it keeps them."""
+        """Whether the map sees what the one before saw; what it did in the first batch it must do in all."""
         assert self._last is not None
         known, seen = self._last
-        same = site not in self.second and seen.shape == x.shape and torch.equal(seen, x)
-        if same and self.home.setdefault(site, known) != known:
+        same = seen.shape == x.shape and torch.equal(seen, x)
+        if site in self.home and not (same and self.home[site] == known):
             raise UnsupportedError("its input is another map's in one batch and not in the next", where=site)
-        return same
+        if same and site not in self.second:
+            self.home[site] = known
+        return site in self.home
 
     def merge(self, other: Self) -> Self:
         """The sums of both parts."""

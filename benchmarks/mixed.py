@@ -1,0 +1,103 @@
+"""Mixed plans against the best single kind at equal bytes, and predicted against measured damage of random plans.
+
+    python benchmarks/mixed.py [--keep 75 50 35] [--random 40] [--sequences 32]
+
+Prices are taken on calibration text; what is measured is the rise of the loss on held-out text, with the plan's maps
+written into the model and what it drops silenced. A plan is the exact choice from the menu, of all options or of those of
+one kind. Bytes are those of the engine's file, embeddings and all.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+from common import arguments, machine, opened, table, text
+from scipy.stats import spearmanr
+
+from lamina.core.menu import Option
+from lamina.core.registry import PLANNERS
+from lamina.lab import Lab
+from lamina.planners._solve import cheapest
+from lamina.planners.knapsack import Trials, unlike
+
+KINDS = {"drop": ("drop",), "narrow": ("narrow",), "rank": ("svd-llm",), "bits": ("round",)}
+
+
+def plans(
+    options: Sequence[Option], lab: Lab, trials: Trials, held: Lab, keeps: Sequence[float]
+) -> list[tuple[str, ...]]:
+    """One row for each budget and kind."""
+    total, dense, rows = lab.anatomy.total().bytes, held.loss(), []
+    for keep in keeps:
+        for name, kinds in {"mixed": None, **KINDS}.items():
+            some = [o for o in options if kinds is None or o.kinds == kinds]
+            began = time.perf_counter()
+            chosen = cheapest(some, {"bytes": total * (1 - keep)}, unlike(lab.anatomy, some))
+            took = time.perf_counter() - began
+            if chosen is None:
+                rows.append((f"{keep:.0%}", name, "–", "–", "", "not reached"))
+                continue
+            taken = [some[i] for i in chosen]
+            with trials.on(taken):
+                true = held.loss() - dense
+            used = Counter(" + ".join(o.kinds) for o in taken)
+            what = ", ".join(f"{n} {k}" for k, n in used.most_common())
+            rows.append(
+                (f"{keep:.0%}", name, f"{sum(o.damage for o in taken):.3f}", f"{true:.3f}", f"{took:.2f}", what)
+            )
+            print(*rows[-1], flush=True)
+    return rows
+
+
+def drawn(options: Sequence[Option], lab: Lab, trials: Trials, held: Lab, count: int) -> str:
+    """Predicted and measured damage of plans of random options at random sublayers."""
+    draw, dense = np.random.default_rng(0), held.loss()
+    groups: dict[str, list[Option]] = {}
+    for option in options:
+        groups.setdefault(option.groups[0], []).append(option)
+    predicted, true = [], []
+    for _ in range(count):
+        share = draw.uniform(0.05, 0.6)
+        some = [g for g in groups.values() if draw.random() < share]
+        most = draw.uniform(0.005, 0.08)
+        taken = [draw.choice(fit) for g in some if (fit := [o for o in g if o.damage < most])]  # type: ignore[arg-type]
+        if not taken:
+            continue
+        predicted.append(sum(o.damage for o in taken))
+        with trials.on(taken):
+            true.append(held.loss() - dense)
+    x, y = np.array(predicted), np.array(true)
+    level = float(np.exp(np.median(np.log(y[y > 0] / x[y > 0]))))
+    error = np.abs(level * x - y) / np.abs(y)
+    found = float(spearmanr(x, y)[0])
+    return (
+        f"{len(x)} random plans, measured rise {y.min():.3f} to {y.max():.2f} nats: Spearman {found:.3f}, median relative "
+        f"error {np.median(np.abs(x - y) / np.abs(y)):.0%} as predicted, {np.median(error):.0%} at the level {level:.2f}"
+    )
+
+
+def main() -> str:
+    """The table and the line."""
+    parser = arguments(__doc__)
+    parser.add_argument("--keep", nargs="*", type=float, default=[75, 50, 35])
+    parser.add_argument("--random", type=int, default=40)
+    parser.add_argument("--sequences", type=int, default=32)
+    given = parser.parse_args()
+    loaded = opened(given)
+    lab = Lab(loaded.model, text(given, loaded, "calibration", given.sequences, 512))
+    held = Lab(loaded.model, text(given, loaded, "heldout", 8, 512), anatomy=lab.anatomy, batch_size=2)
+    began = time.perf_counter()
+    options, trials = PLANNERS.make("knapsack").menu(lab)
+    took = time.perf_counter() - began
+    head = f"{len(options)} options priced in {took:.0f} s, {lab.passes:.1f} forwards over {lab.tokens} tokens"
+    rows = plans(options, lab, trials, held, [k / 100 for k in given.keep])
+    names = ("bytes kept", "plan", "predicted, nats", "measured, nats", "solving, s", "options")
+    line = drawn(options, lab, trials, held, given.random)
+    return f"{head}; {machine(given.threads)}\n\n{table(names, rows)}\n\n{line}"
+
+
+if __name__ == "__main__":
+    print(main())

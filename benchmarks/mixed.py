@@ -3,8 +3,8 @@
     python benchmarks/mixed.py [--keep 75 50 35] [--random 40] [--sequences 32]
 
 Prices are taken on calibration text; what is measured is the rise of the loss on held-out text, with the plan's maps
-written into the model and what it drops silenced. A plan is the exact choice from the menu, of all options or of those of
-one kind. Bytes are those of the engine's file, embeddings and all.
+written into the model and what it drops silenced. A plan is the exact choice from the menu, of all options or of those
+of one kind. Bytes are those of the engine's file, embeddings and all.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ def drawn(options: Sequence[Option], lab: Lab, trials: Trials, held: Lab, count:
     error = np.abs(level * x - y) / np.abs(y)
     found = float(spearmanr(x, y)[0])
     return (
-        f"{len(x)} random plans, measured rise {y.min():.3f} to {y.max():.2f} nats: Spearman {found:.3f}, median relative "
-        f"error {np.median(np.abs(x - y) / np.abs(y)):.0%} as predicted, {np.median(error):.0%} at the level {level:.2f}"
+        f"{len(x)} random plans, measured rise {y.min():.3f} to {y.max():.2f} nats: Spearman {found:.3f}, median "
+        f"relative error {np.median(np.abs(x - y) / np.abs(y)):.0%}, {np.median(error):.0%} at the level {level:.2f}"
     )
 
 

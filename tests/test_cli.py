@@ -214,6 +214,7 @@ def test_ctrl_c_outside_the_work(strike: str, code: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_signal_at_any_time(bench: Path, tmp_path: Path, number: int) -> None:
     """Struck after 2, 4, 6, … seconds, wherever it then is; the same command goes on."""

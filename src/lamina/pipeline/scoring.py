@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lamina.core.documents import plain
 from lamina.core.errors import InputError, LaminaError, UnsupportedError
-from lamina.core.files import fingerprint, read_data, to_json, write_text
+from lamina.core.files import fingerprint, read_data, sweep, to_json, write_text
 from lamina.core.papers import Need
 from lamina.core.scores import Scores
 
@@ -59,6 +59,7 @@ class Desk:
     def __init__(self, run: Run, lab: Lab, measures: Mapping[str, Any], options: Mapping[str, Any], how: How) -> None:
         self.run, self.lab, self.measures, self.options, self.how = run, lab, measures, options, how
         self.folder = run.state / "survey"
+        sweep(self.folder)
 
     def mark(self, name: str) -> str:
         """What one measure's scores depend on."""

@@ -1,6 +1,8 @@
 """Run all benchmarks, one after the other, and write benchmarks/RESULTS.md.
 
-python benchmarks/run.py [survey finercut speed damage quality] [-- options of every benchmark]
+python benchmarks/run.py [survey finercut speed damage quality mixed streaming study] [-- options of every benchmark]
+
+Without names: all but the last two, which take much disk and real models made by tools/.
 """
 
 from __future__ import annotations
@@ -11,13 +13,17 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-ALL = ("survey", "finercut", "speed", "damage", "quality")
+ALL = ("survey", "finercut", "speed", "damage", "quality", "mixed")
+APART = ("streaming", "study")
 TITLES = {
     "survey": "The survey against one plain forward",
     "finercut": "FinerCut's search",
     "speed": "Realised against promised speed-up",
     "damage": "Predicted damage against exact leave-one-out",
     "quality": "Quality without healing at the same number of parameters",
+    "mixed": "Mixed plans at equal bytes, and predicted against measured damage",
+    "streaming": "A survey of 7 billion parameters from disk",
+    "study": "Which measure predicts the damage of leaving a site out",
 }
 
 
@@ -27,7 +33,7 @@ def main() -> None:
     options = words[words.index("--") + 1 :] if "--" in words else []
     names = [w for w in words[: len(words) - len(options)] if w != "--"] or list(ALL)
     path = HERE / "RESULTS.md"
-    sections = dict.fromkeys(ALL, "")
+    sections = dict.fromkeys((*ALL, *APART), "")
     for part in path.read_text(encoding="utf-8").split("\n## ")[1:] if path.is_file() else ():
         name = next((n for n, title in TITLES.items() if part.startswith(title)), None)
         if name:

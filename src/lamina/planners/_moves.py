@@ -56,11 +56,12 @@ def narrowed(anatomy: Anatomy, site: Site, seen: InputMoments, shares: Sequence[
     method = REWRITES.make("narrow", {"refit": REFIT})
     for kind in (Kind.NEURON, Kind.KV_GROUP):
         for units in anatomy.units(site, kind):
+            order, columns = least(anatomy, units, seen), anatomy.columns(units)
             for share in shares:
                 count = _count(units.width, share, MULTIPLE if kind is Kind.NEURON else 1)
                 if not 0 < count < units.width:
                     continue
-                gone = least(anatomy, units, seen)[: units.width - count]
+                gone = order[: units.width - count]
                 options = {"gone": {units.id: sorted(gone)}, "refit": REFIT}
                 step = Step(rewrite="narrow", sites=(units.id,), options=options)
                 if method.check(step, anatomy):
@@ -68,7 +69,7 @@ def narrowed(anatomy: Anatomy, site: Site, seen: InputMoments, shares: Sequence[
                 saves = anatomy.total() - method.forecast(step, anatomy)
                 weights = method.weights(step, anatomy, seen)
                 name = f"narrow to {count} of {units.width} {kind.value.replace('_', ' ')}s"
-                left = sum(len(anatomy.columns(units)[n]) for n in range(units.width) if n not in gone)
+                left = sum(len(columns[n]) for n in order[units.width - count :])
                 yield Move(name, site.id, (step,), saves, weights, count / units.width, left)
 
 

@@ -100,7 +100,7 @@ class Narrow:
         tails = tails_of(anatomy, sites)
         found: dict[str, Tensor] = {}
         for site in (s for s in sites if s.id in tails):
-            columns = [c for n in gone_of(step, site.id) for c in anatomy.columns(site)[n]]
+            columns = columns_of(anatomy, site, gone_of(step, site.id))
             path = anatomy.tail(site)
             weight = found.get(path, anatomy.weight(tails[site.id]).detach().double())
             found[path] = taken_over(weight, seen.of(tails[site.id])[0], columns, self.refit)
@@ -114,7 +114,7 @@ class Narrow:
         for site in (s for s in sites if s.id in tails):
             path = anatomy.tail(site)
             weight = found.setdefault(path, anatomy.weight(tails[site.id]).detach().clone())
-            weight[:, [c for n in gone_of(step, site.id) for c in anatomy.columns(site)[n]]] = 0
+            weight[:, columns_of(anatomy, site, gone_of(step, site.id))] = 0
         return found
 
     def replay(self, receipt: Receipt, skeleton: nn.Module, anatomy: Anatomy | None = None) -> None:
@@ -138,6 +138,12 @@ def tails_of(anatomy: Anatomy, sites: Sequence[Site]) -> dict[str, str]:
     """Site of units → the linear map whose inputs they are, where it is one that sees every token."""
     homes = {s.path: s.id for s in anatomy.linears()}
     return {s.id: homes[anatomy.tail(s)] for s in sites if anatomy.tail(s) in homes}
+
+
+def columns_of(anatomy: Anatomy, site: Site, units: Sequence[int]) -> list[int]:
+    """The columns of the last map that some units own."""
+    columns = anatomy.columns(site)
+    return [c for n in units for c in columns[n]]
 
 
 def gone_of(step: Step, site: str) -> list[int]:

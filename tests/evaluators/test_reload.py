@@ -85,7 +85,7 @@ def longer(data: dict[str, Any]) -> None:
     data["layer_types"] = ["sliding_attention", *data["layer_types"]]
 
 
-OWN_STAYS = ('for path in branch["own"]:', "for path in ():")
+OWN_STAYS = ('for path in branch["own"] if', "for path in () if")
 NEEDS_LAMINA = ("import transformers\n", "import transformers\nimport lamina\n")
 NO_ROOM = ("FORMAT = 1\n", "raise MemoryError('no room')\n")
 RENUMBER = ('    _renumber(layers, strides, step.get("first", ()))\n', "")

@@ -23,14 +23,16 @@ def alone(method: type) -> bool:
 
 
 def variant(method: type) -> bool:
-    """Whether a rewrite is another one with other numbers: that one is tried in every run."""
-    return any(getattr(base, "card", None) is not None and base.card.role == "rewrite" for base in method.__mro__[1:])
+    """Whether a rewrite is another one with other numbers, which is tried in every run; or changes numbers alone."""
+    return getattr(method, "stage", 0) > 0 or any(
+        getattr(base, "card", None) is not None and base.card.role == "rewrite" for base in method.__mro__[1:]
+    )
 
 
 def cases(wanted: Callable[[Card], bool]) -> Iterator[Any]:
     """A case for each check that applies to a method whose card is `wanted`; known failures must fail.
 
-    Measures that run gradients or trials of their own are slow, and so are rewrites that vary another.
+    Measures that run gradients or trials of their own are slow, and so are rewrites that vary another, or the numbers alone.
     """
     for role, registry in ROLES.items():
         for name in registry:

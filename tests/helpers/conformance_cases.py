@@ -32,7 +32,7 @@ def variant(method: type) -> bool:
 def cases(wanted: Callable[[Card], bool]) -> Iterator[Any]:
     """A case for each check that applies to a method whose card is `wanted`; known failures must fail.
 
-    Measures that run gradients or trials of their own are slow, and so are rewrites that vary another, or numbers alone.
+    Slow are measures that run gradients or trials of their own, and rewrites that vary another, or numbers alone.
     """
     for role, registry in ROLES.items():
         for name in registry:

@@ -156,7 +156,10 @@ class Knapsack:
 
 
 class Trials:
-    """Plans on trial: their maps written into the model, what they drop silenced; afterwards all is as before."""
+    """Plans on trial: their maps written into the model, what they drop silenced; afterwards all is as before.
+
+    Of a sublayer that gets narrower and of fewer bits the last map is tried as the narrower one, not rounded.
+    """
 
     def __init__(self, lab: Lab, moves: Mapping[tuple[str, str], Move]) -> None:
         self.lab, self.moves = lab, moves
@@ -170,7 +173,7 @@ class Trials:
 
     @contextmanager
     def on(self, options: Sequence[Option]) -> Iterator[None]:
-        """Inside, the model has these options: a sublayer's narrower maps first, then what its bits change of them."""
+        """Inside, the model has these options."""
         from lamina.lab.pricing import written
 
         weights: dict[str, Tensor] = {}
@@ -178,8 +181,7 @@ class Trials:
         for option in options:
             for move in (self.moves[option.groups[0], name] for name in option.name.split(" + ")):
                 gone += [] if move.weights else [move.site]
-                for path, weight in move.weights.items():
-                    weights[path] = weight if path not in weights else weights[path] * (weight != 0)
+                weights = {**move.weights, **weights}
         with ExitStack() as held:
             held.enter_context(written(self.lab.model, weights))
             held.enter_context(self.lab.ablate(gone))

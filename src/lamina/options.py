@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from lamina.pipeline import Run
 
 
-def share(text: str) -> float:
+def share(text: str, option: str = "--keep") -> float:
     """`75%` or `0.75` as a fraction."""
     try:
         value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
     except ValueError:
-        raise InputError(f"{text!r} is no share", where="--keep", hint="write 75% or 0.75") from None
+        raise InputError(f"{text!r} is no share", where=option, hint="write 75% or 0.75") from None
     if not 0 < value <= 1:
-        raise InputError(f"{text} is not above 0 and at most 100%", where="--keep", hint="write 75% or 0.75")
+        raise InputError(f"{text} is not above 0 and at most 100%", where=option, hint="write 75% or 0.75")
     return value
 
 
@@ -54,7 +54,7 @@ def amount(text: str, option: str) -> int:
 
 def most(text: str, option: str) -> dict[str, Any]:
     """`100M` or `200MB` as a limit, `50%` as a share to keep."""
-    return {"keep": share(text)} if text.strip().endswith("%") else {"limit": amount(text, option)}
+    return {"keep": share(text, option)} if text.strip().endswith("%") else {"limit": amount(text, option)}
 
 
 def budget_of(

@@ -12,7 +12,9 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a hub id,
 Out = Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="The run folder to make or go on with.")]
 Keep = Annotated[str | None, typer.Option(metavar="SHARE", help="Share of the parameters to keep: 75% or 0.75.")]
 Parameters = Annotated[str | None, typer.Option(metavar="N", help="Parameters to keep at most: 100M.")]
-Bytes = Annotated[str | None, typer.Option("--bytes", metavar="SIZE", help="Bytes of weights to keep at most: 200MB.")]
+Bytes = Annotated[
+    str | None, typer.Option("--bytes", metavar="SIZE", help="Bytes of weights to keep at most: 200MB or 50%.")
+]
 Blocks = Annotated[int | None, typer.Option(metavar="N", help="Blocks to drop.")]
 Sublayers = Annotated[int | None, typer.Option(metavar="N", help="Sublayers (attentions, MLPs) to drop.")]
 Protect = Annotated[list[str] | None, typer.Option(metavar="SITE", help="A site that must stay; may be repeated.")]

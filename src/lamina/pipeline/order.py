@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from lamina.core import registry
 from lamina.core.documents import Step
+from lamina.core.errors import UnsupportedError
 from lamina.core.papers import Need
+from lamina.core.sites import Kind
 
 if TYPE_CHECKING:
     from lamina.lab import Lab
@@ -22,8 +24,9 @@ def merged(steps: Sequence[Step], lab: Lab) -> list[Step]:
     """The steps as they are done: sites are named as in the dense model throughout, so what drops comes last, at once.
 
     Steps of one rewrite whose options go together are one: options that differ are told site by site. A rewrite whose
-    class says a later `stage` comes behind the others.
+    class says a later `stage` comes behind the others. Raises UnsupportedError where a site would lose its name midway.
     """
+    _expect_names_kept(steps, lab)
     gone = [site for step in steps if step.rewrite == "drop" for site in step.sites]
     found: list[Step] = []
     for step in (s for s in steps if s.rewrite != "drop"):
@@ -37,6 +40,19 @@ def merged(steps: Sequence[Step], lab: Lab) -> list[Step]:
     found.sort(key=lambda s: getattr(type(registry.rewrite_of(s)), "stage", 0))
     out = lab.anatomy.collapse(lab.anatomy.expand(gone))
     return [*found, Step(rewrite="drop", sites=out)] if out else found
+
+
+def _expect_names_kept(steps: Sequence[Step], lab: Lab) -> None:
+    """A map in the place of an attention is an MLP by what it does: no other step may name its block's sublayers."""
+    for number, step in enumerate(steps):
+        for site in step.sites if step.rewrite == "replace" else ():
+            if lab.anatomy.site(site).kind is Kind.MLP:
+                continue
+            block = lab.anatomy.block(site).site.id
+            others = [s for n, x in enumerate(steps) if n != number for s in x.sites if s.startswith(f"{block}.")]
+            if others:
+                what = f"{others[0]} would have another name once this is a map"
+                raise UnsupportedError(what, where=site, hint="replace both in one step, or apply the other one first")
 
 
 def together(one: Step, other: Step) -> Step | None:

@@ -103,7 +103,8 @@ class Knapsack:
             most = sum(max(s) for s in _by_group(options, budget.metric).values())
             raise target.refuse(int(most))
         level = self._level(trials, options, [options[i] for i in chosen]) if self.trials else 1.0
-        return tuple(_said(step, options[i], level) for i in chosen for step in options[i].steps)
+        steps = (s for i in chosen for s in options[i].steps)
+        return tuple(replace(s, why={**s.why, "damage": s.why["damage"] * level}) for s in steps)
 
     def menu(self, lab: Lab, protect: Sequence[str] = ()) -> tuple[list[Option], Trials]:
         """Every option of every sublayer, priced; and the bench on which plans of them can be tried."""
@@ -215,7 +216,13 @@ LEAST = 0.3
 
 def _option(move: Move, damage: float) -> Option:
     saves = {name: float(getattr(move.saves, name)) for name in RESOURCES}
-    return Option(name=move.name, groups=(move.site,), steps=move.steps, damage=damage, saves=saves)
+    steps = tuple(_told(s, damage, saves) for s in move.steps)
+    return Option(name=move.name, groups=(move.site,), steps=steps, damage=damage, saves=saves)
+
+
+def _told(step: Step, damage: float, saves: Mapping[str, float]) -> Step:
+    """The step with its price and what it frees."""
+    return replace(step, why={"damage": damage, **{k: v for k, v in saves.items() if v}})
 
 
 def _combined(narrow: Sequence[Move], row: Sequence[Move], damage: Mapping[str, float]) -> Iterator[Option]:
@@ -230,10 +237,11 @@ def _combined(narrow: Sequence[Move], row: Sequence[Move], damage: Mapping[str, 
             if first.inputs % GRIDS[second.steps[0].options["type"]].block:
                 continue
             a, b = _option(first, damage[first.name]), _option(second, damage[second.name] * first.keeps)
-            saves = {**a.saves, "bytes": a.saves["bytes"] + b.saves["bytes"] * first.keeps}
+            less = b.saves["bytes"] * first.keeps
+            bits = (_told(s, b.damage, {"bytes": less}) for s in b.steps)
             yield Option(
-                name=f"{a.name} + {b.name}", groups=a.groups, steps=(*a.steps, *b.steps),
-                damage=a.damage + b.damage, saves=saves,
+                name=f"{a.name} + {b.name}", groups=a.groups, steps=(*a.steps, *bits),
+                damage=a.damage + b.damage, saves={**a.saves, "bytes": a.saves["bytes"] + less},
             )  # fmt: skip
 
 
@@ -250,13 +258,6 @@ def _by_group(options: Sequence[Option], resource: str) -> dict[str, list[float]
     for option in options:
         found.setdefault(option.groups[0], []).append(option.saves[resource])
     return found
-
-
-def _said(step: Step, option: Option, level: float) -> Step:
-    """The step with why: its share of the option's price, and what the option frees."""
-    share = 1 / len(option.steps)
-    freed = {k: v * share for k, v in option.saves.items() if v}
-    return replace(step, why={"damage": option.damage * level * share, **freed})
 
 
 recipe(

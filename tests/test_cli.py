@@ -201,14 +201,21 @@ class Strike:
 
 sys.meta_path.insert(0, Strike())
 """
+WHILE_A_TEXT_RUNS = WHILE_LOADING.replace("os.kill(os.getpid(), signal.SIGINT)", 'exec("raise KeyboardInterrupt")')
 AFTER_THE_WORK = "atexit.register(os.kill, os.getpid(), signal.SIGINT)"
 
 
-@pytest.mark.parametrize(("strike", "code"), [(WHILE_LOADING, 130), (AFTER_THE_WORK, 0)], ids=["loading", "ending"])
-def test_ctrl_c_outside_the_work(strike: str, code: int) -> None:
+@pytest.mark.parametrize(
+    ("strike", "code"),
+    [(WHILE_LOADING, 130), (WHILE_A_TEXT_RUNS, 130), (AFTER_THE_WORK, 0)],
+    ids=["loading", "text", "ending"],
+)
+def test_ctrl_c_outside_the_work(strike: str, code: int, tmp_path: Path) -> None:
     """While the command line is still being loaded: one line. With all done: too late to matter."""
-    start = f"import atexit, os, signal, sys\n{strike}\nfrom lamina.__main__ import main\nmain()"
-    done = subprocess.run([sys.executable, "-c", start, "methods"], capture_output=True, text=True, check=False)
+    (tmp_path / "sitecustomize.py").write_text(f"import atexit, os, signal, sys\n{strike}\n", encoding="utf-8")
+    command = [sys.executable, "-m", "lamina", "methods"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == code, done.stderr
     assert done.stderr == ("interrupted; the same command goes on from here\n" if code else "")
 

@@ -12,6 +12,7 @@ INTERRUPTED = 130
 def interrupted() -> NoReturn:
     """Say that Ctrl-C lost nothing, and end with the shell's exit code of it."""
     sys.stderr.write("interrupted; the same command goes on from here\n")
+    exec("")  # clears CPython's note of a Ctrl-C inside a text's exec (dataclasses), or it would end by signal
     sys.exit(INTERRUPTED)
 
 

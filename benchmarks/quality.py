@@ -21,7 +21,7 @@ from lamina.core.errors import InputError
 from lamina.core.scores import Scores
 from lamina.core.sites import Kind
 from lamina.lab import Bench, Lab
-from lamina.pipeline.verbs import refit_step, score
+from lamina.pipeline.choosing import refit_step
 from lamina.rewrites.refit import kept_weights
 
 PUBLISHED = (
@@ -53,7 +53,7 @@ def main() -> str:
         key = (row.measure, tuple(row.measure_options.items()))
         if row.measure and key not in scores:
             part = lab.part(8, 256) if row.measure == "leave-one-out" else lab
-            scores[key] = score(part, {row.measure: registry.MEASURES.make(row.measure, row.measure_options)})[0]
+            scores[key] = registry.MEASURES.make(row.measure, row.measure_options).measure(part)
         return scores.get(key)
 
     for name in names:

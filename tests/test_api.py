@@ -145,7 +145,7 @@ def test_a_module_whose_certificate_fails(bench: Path, tmp_path: Path) -> None:
     [
         ({"keep": 1.5}, ("keep", "(0, 1]")),
         ({"keep": 0.5, "blocks": 1}, ("one budget at a time",)),
-        ({"keep": 0.5, "recipe": "shortgtp"}, ("did you mean shortgpt?",)),
+        ({"keep": 0.5, "recipe": "shortgtp"}, ("did you mean shortgpt",)),
         ({"keep": 0.5, "dtyp": "float32"}, ("unknown key 'dtyp'", "did you mean dtype")),
         ({"keep": 0.5, "heal": 0}, ("positive",)),
         ({"keep": 0.5, "planner_options": {"shortlst": 3}}, ("did you mean shortlist?",)),

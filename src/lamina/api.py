@@ -37,6 +37,8 @@ def run(
     keep: float | None = None,
     parameters: int | None = None,
     bytes: int | None = None,
+    kv: str | None = None,
+    latency: str | None = None,
     blocks: int | None = None,
     sublayers: int | None = None,
     protect: Sequence[str] = (),
@@ -45,18 +47,26 @@ def run(
     tokenizer: Any = None,
     **more: Any,
 ) -> Run:
-    """Start a run, or take it up; `more` are further fields of a recipe (data, dtype, seed, refit, …)."""
+    """Start a run, or take it up; `more` are further fields of a recipe (data, dtype, seed, refit, …).
+
+    `kv` and `latency` are as on the command line: "0.5x@32k", "0.7x@decode". Resources may be mixed.
+    """
+    from lamina import options
+
     asked: dict[str, dict[str, Any]] = {
         "keep": {"keep": keep},
         "parameters": {"limit": parameters},
         "bytes": {"metric": "bytes", "limit": bytes},
+        "kv": options.kv(kv) if kv is not None else {},
+        "latency": options.latency(latency) if latency is not None else {},
         "blocks": {"metric": "blocks", "drop": blocks},
         "sublayers": {"metric": "sublayers", "drop": sublayers},
     }
-    given = [b for b in asked.values() if any(v is not None for k, v in b.items() if k != "metric")]
-    if len(given) > 1:
-        raise InputError("one budget at a time: keep, parameters, bytes, blocks or sublayers")
-    budget = Budget.from_data({**(given[0] if given else {"keep": 1.0}), "protect": tuple(protect)})
+    given = {n: b for n, b in asked.items() if any(v is not None for k, v in b.items() if k != "metric")}
+    if len(given) > 1 and ({"blocks", "sublayers"} & {*given} or {"keep", "parameters"} <= {*given}):
+        raise InputError(f"one budget at a time, not {' and '.join(given)}")
+    first, *also = given.values() or [{"keep": 1.0}]
+    budget = Budget.from_data({**first, "also": also, "protect": tuple(protect)})
     named = model if isinstance(model, str) else type(model).__name__
     fields: dict[str, Any] = {"name": recipe, "model": named, "budget": budget.to_data(), **more}
     if heal is not None:

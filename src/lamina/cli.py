@@ -8,45 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import lamina.words as w
 from lamina.__main__ import INTERRUPTED, interrupted
 from lamina.core.errors import InputError, LaminaError
 from lamina.options import begin, budget_of, laid_over, make_recipe, opened, recipe_of
-from lamina.words import (
-    Blocks,
-    Bytes,
-    Column,
-    Compare,
-    Device,
-    Dtype,
-    Folder,
-    Gguf,
-    Heldout,
-    HeldoutSequences,
-    Keep,
-    Length,
-    Libraries,
-    Measures,
-    Minutes,
-    Model,
-    Named,
-    Out,
-    Page,
-    Parameters,
-    Part,
-    Protect,
-    RayAt,
-    Refit,
-    Scratch,
-    Seed,
-    Sequences,
-    Shards,
-    Steps,
-    Stream,
-    Sublayers,
-    Text,
-    Trust,
-    Types,
-)  # fmt: skip
 
 if TYPE_CHECKING:
     from lamina.pipeline import Run
@@ -70,35 +35,40 @@ RAY_SHARDS = 8
 def thin(
     context: typer.Context,
     model: Annotated[str, typer.Argument(metavar="[MODEL]", help="A folder, a hub id, a .gguf file or a name.")] = "",
-    keep: Keep = None,
-    parameters: Parameters = None,
-    bytes_: Bytes = None,
-    blocks: Blocks = None,
-    sublayers: Sublayers = None,
-    protect: Protect = None,
-    recipe: Named = "default",
-    out: Out = None,
-    refit: Refit = None,
-    heal: Steps = None,
-    heal_minutes: Minutes = None,
-    text: Text = "default",
-    heldout: Heldout = "default",
-    column: Column = "text",
-    sequences: Sequences = 32,
-    heldout_sequences: HeldoutSequences = 32,
-    length: Length = 512,
-    dtype: Dtype = "auto",
-    device: Device = "cpu",
-    seed: Seed = 0,
-    trust_remote_code: Trust = False,
-    gguf: Gguf = False,
+    keep: w.Keep = None,
+    parameters: w.Parameters = None,
+    bytes_: w.Bytes = None,
+    kv: w.KV = None,
+    latency: w.Latency = None,
+    blocks: w.Blocks = None,
+    sublayers: w.Sublayers = None,
+    protect: w.Protect = None,
+    recipe: w.Named = "default",
+    out: w.Out = None,
+    refit: w.Refit = None,
+    heal: w.Steps = None,
+    heal_minutes: w.Minutes = None,
+    text: w.Text = "default",
+    heldout: w.Heldout = "default",
+    column: w.Column = "text",
+    sequences: w.Sequences = 32,
+    heldout_sequences: w.HeldoutSequences = 32,
+    length: w.Length = 512,
+    dtype: w.Dtype = "auto",
+    device: w.Device = "cpu",
+    seed: w.Seed = 0,
+    trust_remote_code: w.Trust = False,
+    gguf: w.Gguf = False,
 ) -> None:
     """Survey, plan, apply, heal, prove, export and report, in one go. Run again, it goes on where it was."""
     name, data = recipe_of(recipe)
     model = model or data.get("model", "")
     if not model:
         raise InputError("which model?", hint="lamina thin MODEL --keep 75%")
-    budget = budget_of(keep, parameters, bytes_, blocks, sublayers, protect)
+    budget = budget_of(
+        protect, keep=keep, parameters=parameters, bytes=bytes_, kv=kv, latency=latency, blocks=blocks,
+        sublayers=sublayers,
+    )  # fmt: skip
     if budget is None and "budget" not in data:
         raise InputError(
             "how much may stay?", hint="--keep 75%, --parameters 100M, --bytes 200MB, --blocks 8, --sublayers 15"
@@ -128,22 +98,22 @@ def thin(
 
 @app.command(epilog="Example: lamina survey smollm2-135m --out run --measures cosine,damage --compare")
 def survey(
-    model: Model,
-    out: Out = None,
-    measures: Measures = None,
-    text: Text = "default",
-    column: Column = "text",
-    sequences: Sequences = 32,
-    length: Length = 512,
-    dtype: Dtype = "auto",
-    device: Device = "cpu",
-    seed: Seed = 0,
-    shards: Shards = None,
-    ray: RayAt = None,
-    stream: Stream = False,
-    scratch: Scratch = None,
-    compare: Compare = False,
-    trust_remote_code: Trust = False,
+    model: w.Model,
+    out: w.Out = None,
+    measures: w.Measures = None,
+    text: w.Text = "default",
+    column: w.Column = "text",
+    sequences: w.Sequences = 32,
+    length: w.Length = 512,
+    dtype: w.Dtype = "auto",
+    device: w.Device = "cpu",
+    seed: w.Seed = 0,
+    shards: w.Shards = None,
+    ray: w.RayAt = None,
+    stream: w.Stream = False,
+    scratch: w.Scratch = None,
+    compare: w.Compare = False,
+    trust_remote_code: w.Trust = False,
 ) -> None:
     """Score every block and sublayer of a model of any kind; `lamina plan` goes on from there."""
     from lamina import pipeline
@@ -176,24 +146,31 @@ def survey(
 
 @app.command(epilog="Example: lamina plan run --keep 75% --recipe shortgpt")
 def plan(
-    folder: Folder,
-    keep: Keep = None,
-    parameters: Parameters = None,
-    bytes_: Bytes = None,
-    blocks: Blocks = None,
-    sublayers: Sublayers = None,
-    protect: Protect = None,
+    folder: w.Folder,
+    keep: w.Keep = None,
+    parameters: w.Parameters = None,
+    bytes_: w.Bytes = None,
+    kv: w.KV = None,
+    latency: w.Latency = None,
+    blocks: w.Blocks = None,
+    sublayers: w.Sublayers = None,
+    protect: w.Protect = None,
     recipe: Annotated[
         str | None, typer.Option("--recipe", "-r", metavar="NAME", help="A recipe of `lamina methods`.")
     ] = None,
-    refit: Refit = None,
+    refit: w.Refit = None,
+    frontier: w.Frontier = False,
+    explain: w.Explain = False,
 ) -> None:
-    """Choose what goes, within a budget. The plan is a file: read it, edit it, then `lamina apply`."""
+    """Choose what goes, within budgets. The plan is a file: read it, edit it, then `lamina apply`."""
     from lamina import pipeline
     from lamina.core import registry
 
     run = opened(folder)
-    budget = budget_of(keep, parameters, bytes_, blocks, sublayers, protect)
+    budget = budget_of(
+        protect, keep=keep, parameters=parameters, bytes=bytes_, kv=kv, latency=latency, blocks=blocks,
+        sublayers=sublayers,
+    )  # fmt: skip
     changes: dict[str, Any] = {"budget": budget} if budget is not None else {}
     if recipe is not None:
         changes["name"] = registry.row(recipe).name
@@ -203,13 +180,18 @@ def plan(
     with shown(run):
         pipeline.survey(run)
         pipeline.plan(run)
-    from lamina.terminal import print_plan
+        found = pipeline.frontier(run) if frontier else None
+        reasons = pipeline.explain(run) if explain else ()
+    from lamina.terminal import print_frontier, print_plan, print_reasons
 
     print_plan(run)
+    print_reasons(reasons)
+    if found is not None:
+        print_frontier(run, found)
 
 
 @app.command(epilog="Example: lamina apply run")
-def apply(folder: Folder) -> None:
+def apply(folder: w.Folder) -> None:
     """Do what the plan says; the checkpoint is published only if it reloads exactly in a fresh process."""
     from lamina import pipeline
 
@@ -226,7 +208,7 @@ def apply(folder: Folder) -> None:
 
 @app.command(epilog="Example: lamina heal run --steps 200")
 def heal(
-    folder: Folder,
+    folder: w.Folder,
     steps: Annotated[int | None, typer.Option(metavar="N", help="Training steps.")] = None,
     minutes: Annotated[float | None, typer.Option(metavar="MIN", help="Minutes of training.")] = None,
     healer: Annotated[str, typer.Option(metavar="NAME", help="A healer of `lamina methods`.")] = "lora",
@@ -246,7 +228,7 @@ def heal(
 
 
 @app.command(epilog="Example: lamina prove run")
-def prove(folder: Folder) -> None:
+def prove(folder: w.Folder) -> None:
     """Measure loss, speed, memory and size, dense and thinned side by side, on held-out text."""
     from lamina import pipeline
 
@@ -260,7 +242,7 @@ def prove(folder: Folder) -> None:
 
 @app.command(epilog="Example: lamina export run --to model.gguf")
 def export(
-    folder: Folder,
+    folder: w.Folder,
     to: Annotated[Path | None, typer.Option(metavar="PATH", help="Where to: a folder, or a .gguf file.")] = None,
     kind: Annotated[
         str | None, typer.Option("--format", metavar="NAME", help="An exporter of `lamina methods`.")
@@ -284,7 +266,7 @@ def export(
 
 
 @app.command(epilog="Example: lamina report run")
-def report(folder: Folder) -> None:
+def report(folder: w.Folder) -> None:
     """Write report.html: one page, offline, of all that the run folder holds."""
     from lamina.report import write
 
@@ -300,14 +282,14 @@ def anatomy(
         typer.Argument(metavar="MODEL", help="As for `thin`; with --coverage none, or the parts to put together."),
     ] = None,
     certify: Annotated[bool, typer.Option("--certify", help="Print each block's residual error.")] = False,
-    trust_remote_code: Trust = False,
+    trust_remote_code: w.Trust = False,
     coverage: Annotated[
         bool, typer.Option("--coverage", help="Examine a tiny model of every type that the libraries know.")
     ] = False,
-    library: Libraries = None,
-    only: Types = None,
-    shard: Part = None,
-    out: Page = None,
+    library: w.Libraries = None,
+    only: w.Types = None,
+    shard: w.Part = None,
+    out: w.Page = None,
 ) -> None:
     """Print the blocks and sublayers that were found, what they cost, and the proof that they are right.
 

@@ -53,39 +53,66 @@ def amount(text: str, option: str) -> int:
 
 
 def most(text: str, option: str) -> dict[str, Any]:
-    """`100M` or `200MB` as a limit, `50%` as a share to keep."""
-    return {"keep": share(text, option)} if text.strip().endswith("%") else {"limit": amount(text, option)}
+    """`100M` or `200MB` as a limit, `50%` or `0.5x` as a share to keep."""
+    text = text.strip()
+    if text.endswith(("%", "x")):
+        return {"keep": share(text.removesuffix("x"), option)}
+    return {"limit": amount(text, option)}
 
 
-def budget_of(
-    keep: str | None,
-    parameters: str | None,
-    bytes_: str | None,
-    blocks: int | None,
-    sublayers: int | None,
-    protect: list[str] | None,
-) -> Budget | None:
-    """The one budget that was asked for; None where none was."""
+def kv(text: str) -> dict[str, Any]:
+    """`0.5x`, `50%@32k` or `100MB@8192`: the KV bytes that may stay, at a context in tokens."""
+    size, _, at = text.partition("@")
+    if not at and not size.strip().endswith(("%", "x")):
+        raise InputError(f"{text} at which context?", where="--kv", hint="write 100MB@32k")
+    tokens = str(amount(at[:-1] + "kib" if at[-1:] in "kK" else at, "--kv")) if at else ""
+    return {"metric": "kv_bytes", **most(size, "--kv"), "at": tokens}
+
+
+def latency(text: str) -> dict[str, Any]:
+    """`0.7x@decode`, `70%@prefill:4x512` or `20ms@decode`: the time that may be taken, and for which work."""
+    from lamina.core.documents import WORK
+
+    much, _, work = text.partition("@")
+    if not WORK.fullmatch(work):
+        what = f"{work!r} is no work" if work else f"{text} of which work?"
+        raise InputError(what, where="--latency", hint="write 0.7x@decode, or 0.7x@prefill:4x512 (batch x tokens)")
+    if much.strip().endswith(("%", "x")):
+        return {"metric": "latency", **most(much, "--latency"), "at": work}
+    number = much.strip().removesuffix("ms") if much.strip().endswith("ms") else ""
+    try:
+        seconds = float(number) / 1000
+    except ValueError:
+        raise InputError(f"{much!r} is no time", where="--latency", hint="write 0.7x, 70% or 20ms") from None
+    return {"metric": "latency", "limit": seconds, "at": work}
+
+
+def budget_of(protect: list[str] | None, **asked: Any) -> Budget | None:
+    """The budget that was asked for by the options keep, parameters, bytes, kv, latency, blocks and sublayers; None
+    where none was. Resources may be mixed; blocks and sublayers go alone.
+    """
     from lamina.core.documents import Budget
 
-    asked: list[tuple[str, Callable[[], dict[str, Any]]]] = []
-    if keep is not None:
-        asked.append(("--keep", lambda: {"keep": share(keep)}))
-    if parameters is not None:
-        asked.append(("--parameters", lambda: most(parameters, "--parameters")))
-    if bytes_ is not None:
-        asked.append(("--bytes", lambda: {"metric": "bytes", **most(bytes_, "--bytes")}))
-    if blocks is not None:
-        asked.append(("--blocks", lambda: {"metric": "blocks", "drop": blocks}))
-    if sublayers is not None:
-        asked.append(("--sublayers", lambda: {"metric": "sublayers", "drop": sublayers}))
-    if len(asked) > 1:
-        raise InputError(f"one budget at a time, not {' and '.join(name for name, _ in asked)}")
-    if not asked and protect:
+    means: dict[str, Callable[[Any], dict[str, Any]]] = {
+        "keep": lambda x: {"keep": share(x)},
+        "parameters": lambda x: most(x, "--parameters"),
+        "bytes": lambda x: {"metric": "bytes", **most(x, "--bytes")},
+        "kv": kv,
+        "latency": latency,
+        "blocks": lambda x: {"metric": "blocks", "drop": x},
+        "sublayers": lambda x: {"metric": "sublayers", "drop": x},
+    }
+    given = [name for name in means if asked.get(name) is not None]
+    alone = next((n for n in (("blocks", "sublayers"), ("keep", "parameters")) if len({*n} & {*given}) > 1), None)
+    counted = next((n for n in given if n in ("blocks", "sublayers")), None)
+    if alone is not None or (counted and len(given) > 1):
+        raise InputError(f"one budget at a time, not {' and '.join('--' + n for n in given)}")
+    if not given and protect:
         raise InputError("--protect belongs to a budget", hint="say --keep 75% --protect block.0")
-    if not asked:
+    if not given:
         return None
-    return Budget.from_data({**asked[0][1](), "protect": tuple(protect or ())}, where=asked[0][0])
+    first, *more = (means[name](asked[name]) for name in given)
+    return Budget.from_data({**first, "also": more, "protect": tuple(protect or ())}, where=f"--{given[0]}")
 
 
 def recipe_of(name: str) -> tuple[str, dict[str, Any]]:

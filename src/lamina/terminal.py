@@ -21,6 +21,7 @@ from lamina.core.errors import InputError, did_you_mean
 if TYPE_CHECKING:
     from lamina.anatomy import Anatomy, Stack
     from lamina.core.documents import Evidence, EvidenceFile
+    from lamina.core.menu import Frontier, Reason
     from lamina.pipeline import Run
     from lamina.report.listing import Listing
     from lamina.report.survey import Survey
@@ -192,6 +193,28 @@ def print_plan(run: Run) -> None:
     console.print(table)
     console.print("expects " + ", ".join(f"{k} {number(v)}" for k, v in plan.expects.items()))
     console.print(f"{run.path('plan.yaml')}: edit it if you like, then lamina apply {run.folder}")
+
+
+def print_frontier(run: Run, found: Frontier) -> None:
+    """The cheapest plans for ever smaller budgets as a table, and as `frontier.svg` in the run folder."""
+    from lamina.core.files import write_text
+    from lamina.report.frontier import frontier_listing, frontier_picture
+
+    plan = run.plan()
+    freed = sum(s.why.get(found.resource, 0.0) for s in plan.steps)
+    here = (freed, plan.expects["loss"]) if plan.steps and "loss" in plan.expects else None
+    _print_listing(frontier_listing(found))
+    write_text(run.path("frontier.svg"), str(frontier_picture(found, here)))
+    console.print(str(run.path("frontier.svg")), markup=False)
+
+
+def print_reasons(reasons: Sequence[Reason]) -> None:
+    """Why each step of a plan was taken, and what came second."""
+    from lamina.report.frontier import reasons_listing
+
+    if reasons:
+        resources = [k for k in reasons[0].option.saves if any(r.option.saves.get(k) for r in reasons)]
+        _print_listing(reasons_listing(reasons, resources))
 
 
 def print_anatomy(model: str, certify: bool, trust_remote_code: bool) -> None:

@@ -11,13 +11,25 @@ Folder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, as `t
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a hub id, a .gguf file or a name of the shelf.")]
 Out = Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="The run folder to make or go on with.")]
 Keep = Annotated[str | None, typer.Option(metavar="SHARE", help="Share of the parameters to keep: 75% or 0.75.")]
-Parameters = Annotated[str | None, typer.Option(metavar="N", help="Parameters to keep at most: 100M.")]
+Parameters = Annotated[str | None, typer.Option(metavar="N", help="Parameters to keep at most: 100M or 50%.")]
 Bytes = Annotated[
     str | None, typer.Option("--bytes", metavar="SIZE", help="Bytes of weights to keep at most: 200MB or 50%.")
+]
+KV = Annotated[
+    str | None, typer.Option("--kv", metavar="SIZE@TOKENS", help="KV bytes to keep at most: 0.5x@32k or 100MB@32k.")
+]
+Latency = Annotated[
+    str | None, typer.Option(metavar="TIME@WORK", help="Time to keep at most, measured here: 0.7x@decode, 20ms@decode.")
 ]
 Blocks = Annotated[int | None, typer.Option(metavar="N", help="Blocks to drop.")]
 Sublayers = Annotated[int | None, typer.Option(metavar="N", help="Sublayers (attentions, MLPs) to drop.")]
 Protect = Annotated[list[str] | None, typer.Option(metavar="SITE", help="A site that must stay; may be repeated.")]
+Frontier = Annotated[
+    bool, typer.Option("--frontier", help="Also the cheapest plans for ever smaller budgets: a table and frontier.svg.")
+]
+Explain = Annotated[
+    bool, typer.Option("--explain", help="Also say for each step why, at what price, and what came second.")
+]
 Named = Annotated[
     str, typer.Option("--recipe", "-r", metavar="NAME|FILE", help="A recipe of `lamina methods`, or a file.")
 ]

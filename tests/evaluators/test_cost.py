@@ -11,12 +11,12 @@ import torch
 from lamina.core.documents import Evidence, Step
 from lamina.core.errors import InputError
 from lamina.core.registry import EVALUATORS
-from lamina.evaluators import _bench
-from lamina.evaluators._bench import Bench, LiveTensors, modules_of, peak_of, timed
+from lamina.evaluators._live import LiveTensors, peak_of
 from lamina.evaluators.memory import Memory
 from lamina.evaluators.size import Size
 from lamina.evaluators.speed import Speed
-from lamina.lab import Lab
+from lamina.lab import Lab, workloads
+from lamina.lab.workloads import Workloads, modules_of, timed
 from lamina.rewrites.drop import Drop
 from lamina.testing.models import tiny
 
@@ -49,16 +49,16 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, costs: dict[int, float]) -> None:
         self.now, self.order, self.drift = 0.0, [], itertools.count(1)
-        run = Bench.prefill
+        run = Workloads.prefill
 
-        def prefill(bench: Bench, model: Any, ids: torch.Tensor) -> Any:
+        def prefill(bench: Workloads, model: Any, ids: torch.Tensor) -> Any:
             self.order.append(id(model))
             self.now += costs[id(model)] * (1 + 0.01 * next(self.drift))
             return run(bench, model, ids)
 
-        monkeypatch.setattr(_bench, "clock", lambda _: self.now)
-        monkeypatch.setattr(Bench, "prefill", prefill)
-        monkeypatch.setattr(Bench, "decode", lambda *_: None)
+        monkeypatch.setattr(workloads, "clock", lambda _: self.now)
+        monkeypatch.setattr(Workloads, "prefill", prefill)
+        monkeypatch.setattr(Workloads, "decode", lambda *_: None)
 
 
 def test_dense_and_thinned_take_turns_and_drift_falls_on_both(
@@ -97,7 +97,7 @@ def test_all_numbers_are_there_and_nothing_stays_behind(pair: tuple[Any, Lab]) -
 def test_a_promise_is_one_over_the_time_that_stays(pair: tuple[Any, Lab], monkeypatch: pytest.MonkeyPatch) -> None:
     dense, lab = pair
     ticks = itertools.count()
-    monkeypatch.setattr(_bench, "clock", lambda _: float(next(ticks)))
+    monkeypatch.setattr(workloads, "clock", lambda _: float(next(ticks)))
     found = named(Speed(**QUICK, gone=("block.1",)).evaluate(lab, reference=dense))
     # Every look at the clock is a second: the block takes 1 of the 3 that pass between start and end.
     assert found["promised_prefill", "ratio"].value == pytest.approx(1 / (1 - 1 / 3))
@@ -123,7 +123,7 @@ def test_a_model_without_a_cache_has_no_decoding() -> None:
 
 def test_decoding_gives_generates_tokens(pair: tuple[Any, Lab], monkeypatch: pytest.MonkeyPatch) -> None:
     _, lab = pair
-    bench, fed = Bench(lab, 2), []
+    bench, fed = Workloads(lab, 2), []
     run = lab.model.forward
     monkeypatch.setattr(lab.model, "forward", lambda **k: fed.append(k["input_ids"]) or run(**k))
     prompt = bench.ids(6)

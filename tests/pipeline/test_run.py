@@ -286,7 +286,7 @@ def test_a_published_model_that_was_changed_by_hand_is_made_anew(lamina: Any, ru
 def test_every_recipe_runs(lamina: Any, bench: Path, tmp_path: Path, name: str) -> None:
     run = tmp_path / "run"
     kinds = registry.row(name).kinds
-    mixed = registry.row(name).planner == "knapsack"
+    mixed = registry.row(name).planner in ("knapsack", "d-rank", "welore")
     budget = ("--blocks", "1") if kinds == (registry.Kind.BLOCK,) else ("--sublayers", "2")
     budget = ("--keep", "80%") if mixed else budget
     code, _, err = lamina(*tiny_run.thin_command(bench, run, *budget, "--recipe", name, "--protect", "block.0"))

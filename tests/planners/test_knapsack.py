@@ -55,8 +55,8 @@ def test_the_plan_meets_the_budget_once_it_is_applied(budget: Budget) -> None:
 
 def test_a_trial_is_what_applying_gives() -> None:
     lab = bench()
-    planner = PLANNERS.make("knapsack", {"trials": 0, "rank_rewrite": "svd"})
-    options, trials = planner.menu(lab)
+    planner = PLANNERS.make("knapsack", {"rank_rewrite": "svd"})
+    options, trials = planner.menu(Bench(lab)).options, planner.trials(lab)
     chosen = [
         next(o for o in options if o.groups == (site,) and word in o.name and "+" not in o.name)
         for site, word in (
@@ -97,7 +97,8 @@ def test_prices_of_small_changes_are_the_divergence_that_they_make() -> None:
         dense = [torch.log_softmax(lab.forward(b).double(), -1) for b in lab.batches]
     for size in (0.02, 0.05):
         changed = {path: weight + size * noise}
-        priced = pricing.price({site: {"noise": lambda w=changed: written(lab.model, w)}})[site, "noise"]
+        trial = ("noise", lambda w=changed: written(lab.model, w))
+        priced = pricing.price(lambda s: [trial] if s == site else [])[site, "noise"]
         slope, curve, _ = priced.mean()
         true = 0.0
         with written(lab.model, changed), torch.no_grad():
@@ -134,7 +135,7 @@ def test_what_cannot_be_planned_is_told(budget: Budget, options: dict[str, Any],
 
 
 def test_options_say_which_rewrites_they_use() -> None:
-    options, _ = PLANNERS.make("knapsack", {"trials": 0, "types": ("Q4_0",), "shares": (0.5,)}).menu(bench())
+    options = PLANNERS.make("knapsack", {"types": ("Q4_0",), "shares": (0.5,)}).menu(Bench(bench())).options
     both = [o for o in options if "+" in o.name]
     assert {o.kinds for o in both} == {("narrow", "round")}
     assert all(isinstance(o, Option) and set(o.saves) == {"parameters", "bytes", "macs", "kv_bytes"} for o in options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import pytest
@@ -10,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lamina.core.documents import Step
-from lamina.core.menu import Option
-from lamina.planners._solve import cheapest, frontier, knee
+from lamina.core.menu import Option, repriced
+from lamina.planners._rounds import settled
+from lamina.planners._solve import Problem, cheapest, frontier, knee, reasons
 
 
 def option(name: str, groups: Sequence[str], damage: float, **saves: float) -> Option:
@@ -74,16 +76,79 @@ def test_without_needs_only_what_helps_is_taken() -> None:
 
 def test_the_frontier_rises_and_its_knee_is_where_it_bends() -> None:
     options = [option(f"o{n}", [f"g{n}"], 0.01 * (n + 1) if n < 6 else 3.0 * n, parameters=10) for n in range(10)]
-    points = frontier(options, "parameters", 100.0, points=10)
-    assert [p[0] for p in points] == [10.0 * n for n in range(1, 11)]
-    assert all(a[1] < b[1] for a, b in itertools.pairwise(points))
-    assert points[knee([p[:2] for p in points])][0] == 60.0
-    for freed, damage, chosen in points:
-        want = brute(options, {"parameters": freed}, [])
-        assert damage == pytest.approx(want)
-        assert sum(options[i].saves["parameters"] for i in chosen) == freed
+    points = frontier(Problem(options, {}), "parameters", points=10)
+    assert [p.freed for p in points] == [10.0 * n for n in range(1, 11)]
+    assert all(a.damage < b.damage for a, b in itertools.pairwise(points))
+    assert [p.freed for p in points if p.knee] == [60.0]
+    for n, point in enumerate(points, start=1):
+        assert point.damage == pytest.approx(brute(options, {"parameters": point.freed}, []))
+        assert point.uses == {"drop": n}
 
 
-def test_a_need_that_nothing_meets_ends_the_frontier() -> None:
-    assert [p[0] for p in frontier([option("a", "x", 1.0, parameters=5)], "parameters", 10.0, points=4)] == [5.0]
+def test_a_frontier_keeps_the_other_needs() -> None:
+    options = [
+        option("a", "x", 1.0, parameters=5),
+        option("b", "x", 3.0, kv_bytes=4),
+        option("c", "y", 2.0, kv_bytes=4),
+    ]
+    points = frontier(Problem(options, {"kv_bytes": 4.0}), "parameters", points=2)
+    assert [(p.freed, p.damage) for p in points] == [(5.0, 3.0)]
     assert knee([(1.0, 1.0), (2.0, 2.0)]) == 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(menus, st.integers(1, 25))
+def test_a_reason_is_the_cheapest_plan_without_the_option(
+    rows: list[tuple[set[str], int, int, int]], parameters: int
+) -> None:
+    options = [option(f"o{n}", sorted(g), d, parameters=p) for n, (g, d, p, _) in enumerate(rows)]
+    problem = Problem(options, {"parameters": float(parameters)})
+    chosen = problem.cheapest()
+    if chosen is None:
+        return
+    for place, reason in zip(chosen, reasons(problem, chosen), strict=True):
+        want = brute([o for n, o in enumerate(options) if n != place], dict(problem.needs), [])
+        assert reason.option is options[place]
+        assert reason.more == (math.inf if want is None else pytest.approx(want - problem.price(chosen)))
+        assert reason.more >= -1e-9
+        assert (reason.second == "no plan") == (want is None)
+
+
+def test_prices_are_multiplied_step_by_step() -> None:
+    steps = tuple(
+        Step(rewrite=r, sites=("a",), why={"damage": d} if d else {}) for r, d in (("narrow", 3.0), ("round", 1.0))
+    )
+    both = Option(name="both", groups=("a",), steps=steps, damage=4.0)
+    assert repriced([both], {"round": 5.0, "drop": 9.0}) == [3.0 + 5.0]
+    assert repriced([option("a", "x", 2.0)], {"drop": 3.0}) == [6.0]
+
+
+class Truth:
+    """Trials in which rounding costs four times what it should."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[str]] = []
+
+    def rise(self, options: Sequence[Option]) -> float:
+        self.asked.append([o.name for o in options])
+        return sum(o.damage * (4.0 if o.kinds == ("round",) else 1.0) for o in options)
+
+
+def test_rounds_put_right_what_a_rewrite_costs_beside_others() -> None:
+    def one(name: str, group: str, rewrite: str, damage: float) -> Option:
+        step = Step(rewrite=rewrite, sites=(group,), why={"damage": damage})
+        return Option(name=name, groups=(group,), steps=(step,), damage=damage, saves={"bytes": 1.0})
+
+    options = [one("a1", "a", "round", 1.0), one("a2", "a", "drop", 2.0), one("b", "b", "drop", 1.0)]
+    problem, truth = Problem(options, {"bytes": 2.0}), Truth()
+    first = problem.cheapest()
+    assert first == [0, 2]
+    found = settled(problem, truth, first, 2)  # type: ignore[arg-type]
+    assert truth.asked == [["a1", "b"], ["b"], ["a1"], ["a2", "b"]], "whole, then without each rewrite, then anew"
+    assert found.chosen == [1, 2]
+    assert found.rises == (5.0, 3.0)
+    assert found.factors == {"round": 4.0, "drop": 1.0}
+    assert found.level * problem.at(found.factors).price(found.chosen) == pytest.approx(3.0)
+    kept = settled(problem, Truth(), first, 0)  # type: ignore[arg-type]
+    assert (kept.chosen, kept.level, kept.rises) == (first, 1.0, ())
+    assert settled(problem, Truth(), first, 1).chosen == first  # type: ignore[arg-type]

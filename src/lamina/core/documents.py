@@ -6,6 +6,7 @@ Each is a frozen dataclass that goes to YAML or JSON and back; unknown keys are 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -103,38 +104,91 @@ def _keys_at(cls: type, loc: tuple[int | str, ...]) -> list[str]:
     return [f.name for f in dataclasses.fields(here)]
 
 
-Metric = Literal["parameters", "bytes", "blocks", "sublayers"]
+Metric = Literal["parameters", "bytes", "macs", "kv_bytes", "latency", "blocks", "sublayers"]
+COUNTED = ("blocks", "sublayers")
+WORK = re.compile(r"(prefill|decode)(:[1-9]\d*x[1-9]\d*)?")
+"""What latency is of: `decode:4x512` is a token for each of 4 sequences behind 512 others."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Budget(Document):
-    """How much may stay: exactly one of `keep` (a fraction of the dense model's), `limit` (an absolute
-    number: parameters or bytes) and `drop` (a number of blocks or sublayers to take out).
+class Limit(Document):
+    """How much of one resource may stay: `keep`, a share of the dense model's, or `limit`, an amount.
 
-    `protect` lists sites that must stay.
+    Amounts are parameters, bytes of weights, multiply-adds per token, KV bytes and seconds. `at`: the context in tokens
+    that KV bytes are of, and the work that latency is of (`decode`, `prefill:1x512`: batch × tokens).
     """
 
     metric: Metric = field(default="parameters", metadata={"always": True})
     keep: float | None = None
-    limit: int | None = None
+    limit: int | float | None = None
+    at: str = ""
+
+    def __post_init__(self) -> None:
+        if (self.keep is None) == (self.limit is None):
+            raise ValueError("a limit takes exactly one of keep and limit")
+        self._check()
+
+    def _check(self) -> None:
+        if self.keep is not None and not 0 < self.keep <= 1:
+            raise ValueError(f"keep must lie in (0, 1], not {self.keep}")
+        if self.limit is not None and not 0 < self.limit < float("inf"):
+            raise ValueError(f"limit must be positive, not {self.limit}")
+        if self.limit is not None and self.metric in COUNTED:
+            raise ValueError(f"{self.metric} take keep or drop, not limit")
+        if self.metric == "latency" and not WORK.fullmatch(self.at):
+            raise ValueError(f"latency is of prefill or decode, as decode:1x512, not of {self.at!r}")
+        if self.metric == "kv_bytes" and self.at and not (self.at.isdigit() and int(self.at)):
+            raise ValueError(f"KV bytes are at a number of tokens, not at {self.at!r}")
+        if self.metric == "kv_bytes" and self.limit is not None and not self.at:
+            raise ValueError("an amount of KV bytes is at a number of tokens")
+        if self.at and self.metric not in ("kv_bytes", "latency"):
+            raise ValueError(f"{self.metric} are the same at all lengths, not at {self.at!r}")
+
+    @property
+    def resource(self) -> str:
+        """What is limited, by one word: the metric, of latency with its work."""
+        if self.metric != "latency":
+            return self.metric
+        return f"latency@{self.at if ':' in self.at else self.at + ':1x512'}"
+
+    def need(self, whole: float) -> float:
+        """How much must go, where the dense model takes `whole` (of KV bytes: per token)."""
+        if self.keep is not None:
+            exact = whole * (1 - self.keep)
+            return exact if self.metric == "latency" else int(exact + 0.999999)
+        assert self.limit is not None
+        return max(whole - self.limit / (int(self.at) if self.metric == "kv_bytes" else 1), 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget(Limit):
+    """How much may stay: exactly one of `keep` (a fraction of the dense model's), `limit` (an absolute
+    number: parameters, bytes, …) and `drop` (a number of blocks or sublayers to take out).
+
+    `also` are limits of other resources, which hold at once. `protect` lists sites that must stay.
+    """
+
     drop: int | None = None
+    also: tuple[Limit, ...] = ()
     protect: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         given = [n for n in ("keep", "limit", "drop") if getattr(self, n) is not None]
         if len(given) != 1:
             raise ValueError(f"a budget takes exactly one of keep, limit and drop, not {given or 'none'}")
-        if self.keep is not None and not 0 < self.keep <= 1:
-            raise ValueError(f"keep must lie in (0, 1], not {self.keep}")
-        if self.limit is not None and self.limit <= 0:
-            raise ValueError(f"limit must be positive, not {self.limit}")
+        self._check()
         if self.drop is not None and self.drop < 0:
             raise ValueError(f"drop must not be negative, not {self.drop}")
-        counted = self.metric in ("blocks", "sublayers")
-        if self.drop is not None and not counted:
+        if self.drop is not None and self.metric not in COUNTED:
             raise ValueError(f"drop counts blocks or sublayers, not {self.metric}")
-        if self.limit is not None and counted:
-            raise ValueError(f"{self.metric} take keep or drop, not limit")
+        names = [r.resource for r in self.limits]
+        if len(set(names)) < len(names):
+            raise ValueError(f"one limit for each resource, not two of {next(n for n in names if names.count(n) > 1)}")
+
+    @property
+    def limits(self) -> tuple[Limit, ...]:
+        """All that must hold."""
+        return (self, *self.also)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,9 +32,9 @@ class Memory:
 
     def evaluate(self, lab: Lab, /, *, reference: nn.Module | None) -> tuple[Evidence, ...]:
         """Evidence `peak_memory` in bytes of `lab.model`, of `reference`, and their ratio."""
-        from lamina.evaluators._bench import Bench
+        from lamina.lab.workloads import Workloads
 
-        bench = Bench(lab, self.batch)
+        bench = Workloads(lab, self.batch)
         ids = bench.ids(self.length)
         lab.progress("memory", 0, 1)
         own = _peak(bench, lab.model, ids)
@@ -51,6 +51,6 @@ class Memory:
 
 def _peak(bench: Any, model: nn.Module, ids: Any) -> int:
     from lamina.anatomy.costs import weigh
-    from lamina.evaluators._bench import peak_of
+    from lamina.evaluators._live import peak_of
 
     return weigh(model.parameters()).bytes + peak_of(lambda: bench.prefill(model, ids), ids.device)

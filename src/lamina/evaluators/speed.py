@@ -73,9 +73,9 @@ class Speed:
 
     def _measure(self, lab: Lab, reference: nn.Module | None) -> dict[str, _Times]:
         from lamina.anatomy import Anatomy
-        from lamina.evaluators._bench import Bench
+        from lamina.lab.workloads import Workloads
 
-        bench = Bench(lab, self.batch)
+        bench = Workloads(lab, self.batch)
         runs = self._runs(bench)
         found = {work: _Times() for work in WORK}
         dense = Anatomy.of(reference) if reference is not None and self.gone else None
@@ -92,7 +92,7 @@ class Speed:
 
     def _runs(self, bench: Any) -> dict[str, Callable[[Any], float | None]]:
         """The two workloads: a model → seconds."""
-        from lamina.evaluators._bench import clock
+        from lamina.lab.workloads import clock
 
         whole, prompt = bench.ids(self.prefill), bench.ids(self.prompt)
         bench.ids(self.prompt + self.decode)
@@ -106,7 +106,7 @@ class Speed:
 
     def _share(self, bench: Any, run: Callable[[Any], float | None], model: Any, anatomy: Anatomy) -> float | None:
         """The share of the dense model's time that its dropped parts take."""
-        from lamina.evaluators._bench import modules_of, timed
+        from lamina.lab.workloads import modules_of, timed
 
         with timed(model, modules_of(anatomy, self.gone), bench.device) as spans:
             total = run(model)

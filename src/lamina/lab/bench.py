@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from lamina.core.documents import Document
 from lamina.core.errors import LaminaError
 from lamina.core.files import to_json, write_text
 from lamina.lab.judge import Judge
@@ -16,13 +18,35 @@ if TYPE_CHECKING:
     from lamina.lab.lab import Lab
     from lamina.lab.protocols import Measure
 
+D = TypeVar("D", bound=Document)
+
 
 class Bench:
     """A lab, the measure in use, and a journal of what was judged, so that a killed search goes on where it was."""
 
-    def __init__(self, lab: Lab, measure: Measure | None = None, journal: Path | None = None) -> None:
-        self.lab, self.measure, self.journal = lab, measure, journal
+    def __init__(
+        self, lab: Lab, measure: Measure | None = None, journal: Path | None = None,
+        folder: Path | None = None, mark: str = "",
+    ) -> None:  # fmt: skip
+        """`folder`: where documents stay that took long to make, and hold for all that `mark` is the fingerprint of."""
+        self.lab, self.measure, self.journal, self.folder, self.mark = lab, measure, journal, folder, mark
         self._judges: dict[str, Judge] = {}
+
+    def recall(self, name: str, kind: type[D]) -> D | None:
+        """The document of that name, if it was made from what the bench is made from."""
+        path = self.folder / name if self.folder else None
+        if path is None or not path.is_file():
+            return None
+        found = kind.load(path)
+        return found if getattr(found, "of", None) == self.mark else None
+
+    def keep(self, name: str, made: D) -> D:
+        """The document, marked and kept where the bench has a folder."""
+        document: Any = made
+        marked: Any = replace(document, of=self.mark)
+        if self.folder is not None:
+            marked.save(self.folder / name)
+        return marked
 
     def rescore(self, gone: Iterable[str]) -> Scores:
         """The measure's scores with `gone` ablated."""

@@ -72,6 +72,10 @@ class InputMoments:
             raise UnsupportedError("no forward showed its input", where=site)
         return self.second[home], self.first[home], self.tokens[home]
 
+    def knows(self, site: str) -> bool:
+        """Whether the input of a map was seen."""
+        return self.home.get(site, site) in self.second
+
     def scores(self) -> Scores:
         """A tally's table; these sums score nothing."""
         return Scores.none("input-moments", "sums for rewrites, no scores")

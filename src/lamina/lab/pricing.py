@@ -8,7 +8,7 @@ otherwise, its price has the first-order term -g·δ and two estimates of the se
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -106,22 +106,29 @@ class Pricing:
         return _joined([self._priced(k, -k.added.float()) for k in self.keeper.kept[site]])
 
     @torch.no_grad()
-    def price(self, trials: Mapping[str, Mapping[str, Trial]], what: str = "prices") -> dict[tuple[str, str], Priced]:
-        """(sublayer, name of the change) → its price; each change runs its block once over the text."""
+    def price(
+        self, offers: Callable[[str], Iterable[tuple[str, Trial]]], what: str = "prices"
+    ) -> dict[tuple[str, str], Priced]:
+        """(sublayer, name of the change) → its price. `offers` are asked of each sublayer once, in depth order.
+
+        Each change runs its sublayer once over the text (its block, where that is more than a sum of branches).
+        """
         found: dict[tuple[str, str], Priced] = {}
-        total = sum(len(t) for t in trials.values())
+        total, done = len(self.lab.anatomy.sublayers), 0
         for place, stack in enumerate(self.lab.anatomy.stacks):
             walk = Walk(self.lab, (), place)
             for block in stack.blocks:
+                dense, streams = walk.run()
                 for branch in block.branches:
-                    for name, trial in trials.get(branch.site.id, {}).items():
+                    site = branch.site.id
+                    for name, trial in offers(site):
                         with trial():
-                            added = walk.tried()
-                        rows = zip(self.keeper.kept[branch.site.id], added, strict=True)
-                        parts = [self._priced(k, _change(k, a[branch.site.id])) for k, a in rows]
-                        found[branch.site.id, name] = _joined(parts)
-                        self.lab.progress(what, len(found), total)
-                walk.step()
+                            added = walk.tried(branch, dense)
+                        rows = zip(self.keeper.kept[site], added, strict=True)
+                        found[site, name] = _joined([self._priced(k, _change(k, a)) for k, a in rows])
+                    done += 1
+                    self.lab.progress(what, done, total)
+                walk.go(streams)
         return found
 
     def _priced(self, kept: _Kept, delta: Tensor) -> Priced:

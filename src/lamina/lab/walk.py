@@ -64,15 +64,42 @@ class Walk:
     @torch.no_grad()
     def step(self) -> tuple[list[dict[str, Tensor]], list[Tensor]]:
         """Run one block on all batches and go on behind it: what each branch adds, and the streams that leave."""
-        added, streams, _ = self._run(self.gone)
-        self.streams = streams
-        self.at += 1
+        added, streams = self.run()
+        self.go(streams)
         return added, streams
 
     @torch.no_grad()
-    def tried(self) -> list[dict[str, Tensor]]:
-        """Run the block as it is at this moment and stay: per batch, what each of its branches adds."""
-        return self._run(self.gone)[0]
+    def run(self) -> tuple[list[dict[str, Tensor]], list[Tensor]]:
+        """Run the block and stay: per batch, what each of its branches adds, and the streams that leave."""
+        added, streams, _ = self._run(self.gone)
+        return added, streams
+
+    def go(self, streams: list[Tensor]) -> None:
+        """Go on behind the block with these streams."""
+        self.streams = streams
+        self.at += 1
+
+    @torch.no_grad()
+    def tried(self, branch: Branch, added: list[dict[str, Tensor]]) -> list[Tensor]:
+        """What one branch adds with the weights of this moment, per batch; the walk stays.
+
+        `added` is what the branches of the block add (see `run`): where the block is nothing but a sum, the others are
+        not run again.
+        """
+        alone = self.block.plain and not branch.joins and len(self.block.branches) > 1
+        if not alone:
+            return [notes[branch.site.id] for notes in self._run(self.gone)[0]]
+        reads = [self.block.branches[n].site.id for n in branch.reads]
+        others = {x.site.id for x in self.block.branches if x is not branch}
+        share = branch.macs / max(self.block.macs, branch.macs, 1)
+        kept = self.streams
+        self.streams = [
+            sum((notes[r] for r in reads if r in notes), stream) for stream, notes in zip(kept, added, strict=True)
+        ]
+        try:
+            return [notes[branch.site.id] for notes in self._run(self.gone | others, share=share)[0]]
+        finally:
+            self.streams = kept
 
     def skip(self) -> None:
         """Go on behind a block without running it: the streams are what they are."""
@@ -87,7 +114,7 @@ class Walk:
         return streams, inputs
 
     def _run(
-        self, gone: Iterable[str], tail: Branch | None = None
+        self, gone: Iterable[str], tail: Branch | None = None, share: float = 1.0
     ) -> tuple[list[dict[str, Tensor]], list[Tensor], list[Tensor]]:
         block, gone = self.block, frozenset(gone)
         module = self.lab.model.get_submodule(block.path)
@@ -107,7 +134,7 @@ class Walk:
                     note = _noting(notes, gone)
                     with watch_blocks(self.lab.model, self.lab.anatomy, note, only=block):
                         streams.append(self._call(module, block, place))
-                    self.lab.counts.blocks += int(real(batch).sum())
+                    self.lab.counts.blocks += int(int(real(batch).sum()) * share)
                 added.append(notes)
         return added, streams, inputs
 

@@ -26,7 +26,11 @@ def check(run: Run) -> None:
     """
     recipe = run.recipe
     row = registry.row(recipe.name)
-    registry.PLANNERS.make(row.planner, {**row.planner_options, **recipe.planner_options})
+    planner = registry.PLANNERS.make(row.planner, {**row.planner_options, **recipe.planner_options})
+    if (recipe.budget.also or recipe.budget.metric == "latency") and not getattr(planner, "mixes", False):
+        able = [n for n, r in registry.rows().items() if getattr(registry.PLANNERS.method(r.planner), "mixes", False)]
+        what = "several resources at once" if recipe.budget.also else "latency"
+        raise InputError(f"the planner {row.planner} takes no budget of {what}", hint=f"--recipe {', '.join(able)}")
     if row.measure:
         registry.MEASURES.make(row.measure, {**row.measure_options, **recipe.measure_options})
     if recipe.heal is not None:

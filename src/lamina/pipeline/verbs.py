@@ -7,29 +7,28 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lamina.core import registry
-from lamina.core.documents import Budget, Evidence, EvidenceFile, Plan, Receipt, Receipts, Step, plain
+from lamina.core.documents import Budget, Evidence, EvidenceFile, Plan, Receipt, Receipts, plain
 from lamina.core.errors import InputError
 from lamina.core.files import atomic, fingerprint, sweep
 from lamina.core.papers import Need, Status
 from lamina.core.sites import SUBLAYERS, Kind
 from lamina.pipeline.checks import check, fitting, seeded
+from lamina.pipeline.choosing import choose, options_of, price
 from lamina.pipeline.order import informed, merged
 from lamina.pipeline.run import Run
 from lamina.pipeline.scoring import Desk, How
 from lamina.pipeline.table import PARTS, SURVEY, write_parts, write_survey
 
-if TYPE_CHECKING:
-    from lamina.lab import Lab
-
 
 def survey(run: Run, measures: Sequence[str] | None = None, how: How | None = None) -> None:
     """Score every block and sublayer: the recipe's measure and all that share its pass, or those named.
 
-    A survey that is there already and holds the recipe's measure is kept, whatever else it holds. Measures that the run
-    has been surveyed by before on the same text are kept and not run again.
+    Where the recipe's planner takes options from a menu, they are priced too (`menu.json`). A survey that is there
+    already and holds the recipe's measure is kept, whatever else it holds. Measures that the run has been surveyed by
+    before on the same text are kept and not run again.
     """
     how = how or How()
     names = list(measures) if measures is not None else _measures(run)
@@ -43,8 +42,8 @@ def survey(run: Run, measures: Sequence[str] | None = None, how: How | None = No
             for site in run.recipe.budget.protect:
                 lab.anatomy.site(site)
             run.say(f"surveying {len(lab.anatomy.sites)} sites by {', '.join(names)}")
-            made = [registry.MEASURES.make(n, _options(run, n)) for n in names]
-            desk = Desk(run, lab, dict(zip(names, made, strict=True)), {n: _options(run, n) for n in names}, how)
+            made = [registry.MEASURES.make(n, options_of(run, n)) for n in names]
+            desk = Desk(run, lab, dict(zip(names, made, strict=True)), {n: options_of(run, n) for n in names}, how)
             found = desk.make()
             write_survey(
                 run.path(SURVEY), found.scores, lab.anatomy,
@@ -52,11 +51,13 @@ def survey(run: Run, measures: Sequence[str] | None = None, how: How | None = No
             )  # fmt: skip
             write_parts(run.path(PARTS), found.parts)
             run.log(f"survey: {lab.passes:.2f} forward-equivalents over {lab.tokens} tokens")
+    if measures is None:
+        price(run)
 
 
 def _surveyed(run: Run, names: Sequence[str]) -> list[object]:
     """What a survey depends on."""
-    options = {n: plain(_options(run, n)) for n in names}
+    options = {n: plain(options_of(run, n)) for n in names}
     return [run.loaded.fingerprint, run.tokens.fingerprint, list(names), options, run.recipe.dtype, run.recipe.seed]
 
 
@@ -74,15 +75,10 @@ def _measures(run: Run) -> list[str]:
     return [*([wanted] if wanted and wanted not in cheap else []), *cheap]
 
 
-def _options(run: Run, name: str) -> dict[str, Any]:
-    row = registry.row(run.recipe.name)
-    return {**row.measure_options, **run.recipe.measure_options} if name == row.measure else {}
-
-
 def plan(run: Run) -> Plan:
     """Choose what goes, within the budget, and say what it is expected to cost."""
     row, recipe = registry.row(run.recipe.name), run.recipe
-    survey_ = run.path("survey.parquet")
+    survey_ = run.path(SURVEY)
     if row.measure and not survey_.is_file():
         raise InputError("survey.parquet is missing", where=run.folder, hint="run lamina survey first")
     inputs = [
@@ -92,7 +88,7 @@ def plan(run: Run) -> Plan:
         plain(recipe.budget),
         recipe.name,
         plain(recipe.planner_options),
-        plain(_options(run, row.measure)),
+        plain(options_of(run, row.measure)),
         recipe.refit,
         recipe.dtype,
         recipe.seed,
@@ -100,81 +96,12 @@ def plan(run: Run) -> Plan:
     with run.verb("plan", inputs, ["plan.yaml"]) as work:
         if work:
             journal = run.state / f"judged-{fingerprint(*inputs)[7:23]}.json"
-            steps, expects = _choose(run, journal)
+            steps, expects = choose(run, journal)
             made = Plan(model=run.ref, recipe=recipe.name, budget=recipe.budget, steps=steps, expects=expects)
             made.save(run.path("plan.yaml"))
             for done in run.state.glob("judged-*.json"):
                 done.unlink()
     return run.plan()
-
-
-def _choose(run: Run, journal: Path) -> tuple[tuple[Step, ...], dict[str, float]]:
-    from lamina.lab import Bench
-    from lamina.pipeline.table import read_survey
-
-    row, recipe, lab = registry.row(run.recipe.name), run.recipe, run.lab()
-    scores = read_survey(run.path("survey.parquet"))[row.measure] if row.measure else None
-    measure = registry.MEASURES.make(row.measure, _options(run, row.measure)) if row.measure else None
-    options = {**row.planner_options, **recipe.planner_options}
-    if row.kinds:
-        options["kinds"] = row.kinds
-    planner = registry.PLANNERS.make(row.planner, options)
-    for site in recipe.budget.protect:
-        lab.anatomy.site(site)
-    run.say(f"planning by {recipe.name}")
-    bench = Bench(lab, measure, journal=journal)
-    steps = planner.plan(scores, recipe.budget, lab.anatomy, bench)
-    gone = [s for step in steps for s in step.sites if step.rewrite == "drop"]
-    refit = row.refit if recipe.refit is None else recipe.refit
-    fitted = refit_step(lab, gone) if refit and not any(s.rewrite == "refit" for s in steps) else None
-    steps = (fitted, *steps) if fitted else steps
-    run.log(f"plan: {lab.passes:.1f} forward-equivalents over {lab.tokens} tokens")
-    return steps, _expect(run, lab, steps, gone)
-
-
-def refit_step(lab: Lab, gone: Sequence[str]) -> Step | None:
-    """The refit around the sites that go; None where nothing that stays can take it."""
-    from lamina.rewrites.refit import RIDGE, refit_sites
-
-    sites = refit_sites(lab.anatomy, gone)
-    around = lab.anatomy.collapse(lab.anatomy.expand(gone))
-    return Step(rewrite="refit", sites=sites, options={"around": list(around), "ridge": RIDGE}) if sites else None
-
-
-def _expect(run: Run, lab: Lab, steps: Sequence[Step], gone: Sequence[str]) -> dict[str, float]:
-    """What the plan should cost: resources exactly, the loss as measured on the calibration text.
-
-    Of a plan of other rewrites than drops the loss is the sum of its steps' prices.
-    """
-    if any(s.rewrite not in ("drop", "refit") for s in steps):
-        whole, free = dataclasses.asdict(lab.anatomy.total()), [s.why for s in steps]
-        left = {name: round(value - sum(w.get(name, 0.0) for w in free)) for name, value in whole.items()}
-        return {"loss": round(sum(w.get("damage", 0.0) for w in free), 6), **left}
-    after = lab.anatomy.total() - lab.anatomy.freed(gone)
-    expects: dict[str, float] = {
-        "loss": round(expected_loss(lab, steps, gone), 6),
-        "parameters": after.parameters,
-        "bytes": after.bytes,
-        "macs": after.macs,
-        "kv_bytes": after.kv_bytes,
-    }
-    return expects
-
-
-def expected_loss(lab: Lab, steps: Sequence[Step], gone: Sequence[str]) -> float:
-    """Rise of the loss, in nats, on calibration text; a refit is tried on most of it and judged on the last quarter."""
-    fits = [s for s in steps if s.rewrite == "refit"]
-    if not fits or len(lab.batches) < 2:
-        return lab.loss(gone) - lab.loss()
-    from lamina.rewrites.refit import kept_weights
-
-    cut = max(1, len(lab.batches) * 3 // 4)
-    fitting, judging = lab.on(lab.batches[:cut]), lab.on(lab.batches[cut:])
-    dense = judging.loss()
-    with kept_weights(lab, [s for step in fits for s in step.sites]):
-        for step in fits:
-            registry.rewrite_of(step).apply(step, fitting)
-        return judging.loss(gone) - dense
 
 
 def apply(run: Run) -> Receipts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,9 @@ class Target:
     """
 
     def __init__(self, budget: Budget, anatomy: Anatomy) -> None:
+        if budget.also or budget.metric == "latency":
+            what = "several resources" if budget.also else "latency"
+            raise InputError(f"this planner takes no budget of {what}", hint="--recipe mixed does")
         self.budget, self.anatomy = budget, anatomy
         self.protected = anatomy.expand(budget.protect)
         self.blocks = {s.id: anatomy.expand([s.id]) for s in anatomy.of_kind(Kind.BLOCK)}
@@ -47,11 +51,9 @@ class Target:
         whole = self._whole()
         if self.budget.drop is not None:
             return self.budget.drop
-        if self.budget.limit is not None:
-            return max(whole - self.budget.limit, 0)
-        assert self.budget.keep is not None
-        exact = whole * (1 - self.budget.keep)
-        return round(exact) if self.budget.metric in ("blocks", "sublayers") else int(exact + 0.999999)
+        if self.budget.keep is not None and self.budget.metric in ("blocks", "sublayers"):
+            return round(whole * (1 - self.budget.keep))
+        return math.ceil(self.budget.need(whole))
 
     def amount(self, gone: Iterable[str]) -> int:
         """What dropping these sites frees, in the budget's unit."""

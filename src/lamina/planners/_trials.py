@@ -1,0 +1,97 @@
+"""Plans on trial: options written into the model as they would be applied, and taken out again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+from lamina.core.registry import rewrite_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lamina.core.documents import Step
+    from lamina.core.menu import Option
+    from lamina.lab import Lab
+    from lamina.lab.moments import InputMoments
+
+
+def parted(lab: Lab, sequences: int, length: int) -> tuple[Lab, Lab]:
+    """The text that maps are fitted on, and the last quarter of it, on which options are judged."""
+    cut = max(1, len(lab.batches) * 3 // 4) if len(lab.batches) > 1 else 1
+    fitting, judged = lab.on(lab.batches[:cut]), lab.on(lab.batches[cut:] or lab.batches)
+    fitting.counts = judged.counts = lab.counts
+    return fitting, judged.part(sequences, length)
+
+
+class Trials:
+    """Sets of options on trial: their maps written into the model, what they drop silenced; then all is as before.
+
+    Maps are made when they are first asked for, those that need it with one forward over the text for `fitting`.
+    Of a sublayer that gets narrower and of fewer bits the last map is tried as the narrower one, not rounded.
+    """
+
+    def __init__(self, fitting: Lab, judged: Lab, seen: InputMoments | None = None) -> None:
+        self.fitting, self.lab, self.seen = fitting, judged, seen
+        self._dense: float | None = None
+        self._made: dict[tuple[tuple[str, ...], str], Mapping[str, Tensor]] = {}
+
+    @contextmanager
+    def on(self, options: Sequence[Option]) -> Iterator[None]:
+        """Inside, the model has these options."""
+        from lamina.lab.pricing import written
+
+        self._prepare(options)
+        weights: dict[str, Tensor] = {}
+        for option in options:
+            weights |= self._weights(option)
+        with ExitStack() as held:
+            held.enter_context(written(self.lab.model, weights))
+            held.enter_context(self.lab.ablate(_gone(options)))
+            yield
+
+    def rise(self, options: Sequence[Option]) -> float:
+        """The true rise of the loss on the judged text, in nats; one forward over it."""
+        if self._dense is None:
+            self._dense = self.lab.loss()
+        with self.on(options):
+            return self.lab.loss() - self._dense
+
+    def _weights(self, option: Option) -> Mapping[str, Tensor]:
+        key = option.groups, option.name
+        if key not in self._made:
+            found: dict[str, Tensor] = {}
+            for step in (s for s in option.steps if s.rewrite != "drop"):
+                made = rewrite_of(step).weights(step, self.lab.anatomy, self.seen)
+                found = {**{p: w.to(self._dtype(p)) for p, w in made.items()}, **found}
+            self._made[key] = found
+        return self._made[key]
+
+    def _dtype(self, path: str) -> Any:
+        module: Any = self.lab.model.get_submodule(path)
+        return module.weight.dtype
+
+    def _prepare(self, options: Sequence[Option]) -> None:
+        """Look at what enters the maps of options that were not tried before."""
+        anatomy = self.lab.anatomy
+        fresh = [o for o in options if (o.groups, o.name) not in self._made]
+        sites = {anatomy.site(g) for o in fresh if any(_fitted(s) for s in o.steps) for g in o.groups}
+        maps = [x.id for s in sites for x in anatomy.linears(s)]
+        missing = [m for m in maps if self.seen is None or not self.seen.knows(m)]
+        if missing:
+            from lamina.lab.moments import input_moments
+
+            self.seen = input_moments(self.fitting, maps)
+
+
+def _gone(options: Sequence[Option]) -> list[str]:
+    return [s for o in options for step in o.steps if step.rewrite == "drop" for s in step.sites]
+
+
+def _fitted(step: Step) -> bool:
+    """Whether a step's maps depend on the text."""
+    from lamina.core.papers import Need
+    from lamina.core.registry import REWRITES
+
+    return REWRITES.card(step.rewrite).needs >= Need.FORWARD

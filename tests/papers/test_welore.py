@@ -1,4 +1,7 @@
-"""WeLore (arXiv 2407.11239): ranks under one threshold, against a scan of all thresholds on plain singular values."""
+"""WeLore (arXiv 2407.11239): ranks under one threshold, against a scan of all thresholds on plain singular values.
+
+First the measure, which cuts a share of all ranks; then the planner, which meets a budget.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,13 @@ import pytest
 import torch
 from torch import nn
 
+from lamina.anatomy import Anatomy
+from lamina.core.documents import Budget, Step
 from lamina.core.errors import InputError
-from lamina.core.registry import MEASURES
+from lamina.core.registry import MEASURES, PLANNERS, REWRITES
 from lamina.core.scores import Scores
 from lamina.lab import Lab
+from lamina.papers.rank.welore import cut, normalised
 from lamina.testing.models import text, tiny
 
 
@@ -115,3 +121,132 @@ def test_a_stored_transposition_does_not_matter() -> None:
 def test_bad_reduction(reduction: float) -> None:
     with pytest.raises(InputError, match="reduction must be"):
         MEASURES.make("welore-rank", {"reduction": reduction})
+
+
+def heavy(name: str = "llama", seed: int = 0) -> Any:
+    """A tiny model whose maps have spectra of other tails each, as trained ones do."""
+    model = tiny(name)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for path, module in model.named_modules():
+            if isinstance(module, nn.Linear) and ".layers." in path:
+                u, s, v = torch.linalg.svd(module.weight, full_matrices=False)
+                power = 0.2 + 2 * float(torch.rand(1, generator=generator))
+                module.weight.copy_((u * (s[0] * torch.arange(1.0, len(s) + 1) ** -power)) @ v)
+    return model
+
+
+def planned(model: Any, budget: Budget, **options: Any) -> tuple[Step, ...]:
+    return PLANNERS.make("welore", options).plan(None, budget, Anatomy.of(model))
+
+
+def keeping(share: float, **more: Any) -> Budget:
+    return Budget(metric="parameters", keep=share, **more)
+
+
+def scanned_plan(model: Any, need: float, least: float) -> dict[str, int]:
+    """Path → rank: all thresholds in turn, the first whose factors free enough."""
+    values = spectra(model)
+    for tau in sorted(float(x) for s in values.values() for x in s):
+        found, freed = {}, 0
+        for path, s in values.items():
+            outputs, inputs = model.get_submodule(path).weight.shape
+            rank = int((s >= tau).sum())
+            if 1 - rank / len(s) > least and rank * (outputs + inputs) < outputs * inputs:
+                found[path] = rank
+                freed += outputs * inputs - rank * (outputs + inputs)
+        if freed >= need:
+            return found
+    raise AssertionError("no threshold frees enough")
+
+
+@pytest.mark.parametrize("keep", [0.9, 0.7, 0.45])
+@pytest.mark.parametrize("least", [0.4, 0.8])
+@pytest.mark.parametrize("name", ["llama", "phi"])
+def test_a_plan_has_the_ranks_of_a_scan(name: str, least: float, keep: float) -> None:
+    model = heavy(name)
+    lab = Lab(model, text(1, 4))
+    want = scanned_plan(model, lab.anatomy.total().parameters * (1 - keep), least)
+    (step,) = planned(model, keeping(keep), least=least)
+    assert {lab.anatomy.site(s).path: k for s, k in step.options["rank"].items()} == want
+    assert step.rewrite == "svd"
+    assert tuple(step.options["rank"]) == step.sites == tuple(s.id for s in lab.anatomy.linears() if s.path in want)
+    receipt = REWRITES.make("svd").apply(step, lab)
+    assert receipt.after.parameters <= keep * receipt.before.parameters
+    assert step.why["parameters"] == receipt.before.parameters - receipt.after.parameters
+    assert 0 < step.why["threshold"] <= 1
+
+
+def test_the_threshold_is_the_least_that_meets_the_budget() -> None:
+    """One more singular value kept and too little is freed; ranks never rise with it."""
+    model = heavy()
+    anatomy = Anatomy.of(model)
+    (step,) = planned(model, keeping(0.7))
+    shapes = {s.id: tuple(anatomy.weight(s).shape) for s in anatomy.linears()}
+    values = {s: normalised(torch.linalg.svdvals(anatomy.weight(s).double()).detach().numpy()) for s in shapes}
+    shapes = {s: (o, i) for s, (o, i) in shapes.items()}
+    freed = []
+    ranks = []
+    found = step.why["threshold"] - 1e-7
+    before = max(float(x) for v in values.values() for x in v if x < found)
+    for tau in (before, found, 0.5, 0.9):
+        got = cut(values, shapes, tau, 0.5)
+        freed.append(sum(shapes[s][0] * shapes[s][1] - k * sum(shapes[s]) for s, k in got.items()))
+        ranks.append({s: got.get(s, len(v)) for s, v in values.items()})
+    need = 0.3 * anatomy.total().parameters
+    assert freed[0] < need <= freed[1]
+    for more, less in pairwise(ranks):
+        assert all(more[s] >= less[s] for s in more)
+    assert cut(values, shapes, 0.0, 0.5) == {}
+
+
+def test_maps_with_flat_spectra_are_kept_whatever_is_asked() -> None:
+    model = heavy()
+    flat = torch.linalg.qr(torch.randn(32, 32, generator=torch.Generator().manual_seed(3)))[0]
+    with torch.no_grad():
+        model.model.layers[2].self_attn.q_proj.weight.copy_(flat)
+    for keep in (0.9, 0.5, 0.3):
+        (step,) = planned(model, keeping(keep))
+        assert "block.2.attention.q_proj" not in step.sites
+    assert len(step.sites) == 27
+
+
+def test_of_two_maps_the_one_with_the_heavier_tail_loses_more() -> None:
+    model = heavy()
+    with torch.no_grad():
+        for number, power in ((1, 0.1), (2, 3.0)):
+            weight = model.model.layers[number].mlp.up_proj.weight
+            u, s, v = torch.linalg.svd(weight, full_matrices=False)
+            weight.copy_((u * (s[0] * torch.arange(1.0, 33.0) ** -power)) @ v)
+    (step,) = planned(model, keeping(0.7))
+    ranks = {n: step.options["rank"].get(f"block.{n}.mlp.up_proj", 32) for n in (1, 2)}
+    assert ranks[2] < 4
+    assert ranks[1] > 12
+
+
+def test_bytes_and_protected_sites() -> None:
+    model = heavy().bfloat16()
+    (step,) = planned(model, Budget(metric="bytes", keep=0.8, protect=("block.0", "block.3.attention")))
+    assert not [s for s in step.sites if s.startswith(("block.0.", "block.3.attention."))]
+    receipt = REWRITES.make("svd").apply(step, Lab(model, text(1, 4)))
+    assert receipt.after.bytes <= 0.8 * receipt.before.bytes
+    assert planned(heavy(), keeping(1.0)) == ()
+    assert planned(heavy(), keeping(0.6)) == planned(heavy(), keeping(0.6))
+
+
+@pytest.mark.parametrize(
+    ("budget", "words"),
+    [
+        (Budget(metric="blocks", drop=1), "budgets of parameters, or of bytes"),
+        (Budget(metric="parameters", limit=100), "at most"),
+        (keeping(0.18), "at most"),
+    ],
+)
+def test_budgets_that_no_threshold_meets(budget: Budget, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        planned(heavy(), budget)
+
+
+def test_bad_least() -> None:
+    with pytest.raises(InputError, match="least is at least 0"):
+        PLANNERS.make("welore", {"least": 1.0})

@@ -10,16 +10,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lamina.core.papers import Card, Need, Paper
-from lamina.core.registry import measure
+from lamina.core.registry import measure, planner, recipe
 from lamina.core.scores import Array, Grid, Scores
 from lamina.core.sites import SUBLAYERS, Kind
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
+    from lamina.anatomy import Anatomy
+    from lamina.core.documents import Budget, Step
     from lamina.lab import Lab
+    from lamina.lab.bench import Bench
     from lamina.lab.rows import Rows
 
 PAPER = Paper(
@@ -209,3 +212,121 @@ def _listening(lab: Lab, adapters: Sequence[_Adapter]) -> Iterator[dict[str, tup
     finally:
         for handle in handles:
             handle.remove()
+
+
+@planner(
+    "tracenas",
+    PAPER,
+    on=tuple(sorted(SUBLAYERS)),
+    needs=Need.GRADIENT,
+    deviations=(
+        "depth alone: no masks on neurons and heads, so a term's weight, the share of its sublayer that stays, is 1",
+        "a candidate outside the budget is mended by random sites, where the paper throws it away",
+        "one-point crossover at any sublayer, mutation of one; the population's size, too, is lamina's",
+        "rank 16 in the place of 64, and four sequences of 32 tokens in that of 16 of 4096",
+        "where there are scores, the sites of lowest score are one of the first candidates",
+        "the proxy alone ranks: no front with latency, no training afterwards",
+    ),
+)
+@dataclass(frozen=True, kw_only=True)
+class TraceNAS:
+    """Evolve sets of sublayers by the proxy Φ: Σ over what stays of corr(its gradients, those in the dense model).
+
+    The gradients are those of the measure gradient-trace, whose `rank`, `sequences`, `length` and `seed` these are.
+    `generations` times the `population` has as many young: with probability `crossover` the front of one parent and the
+    rear of another, else one parent; with probability `mutation` one of its sublayers changes sides. The best of all
+    live on. `first` times as many candidates are drawn at first. The first `early` of the blocks stay.
+    """
+
+    card: ClassVar[Card]
+
+    population: int = 8
+    generations: int = 10
+    first: int = 2
+    crossover: float = 0.7
+    mutation: float = 0.2
+    early: float = 0.0
+    rank: int = 16
+    sequences: int | None = 4
+    length: int | None = 32
+    seed: int | None = None
+    kinds: tuple[Kind, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.population < 1 or self.first < 1 or self.generations < 0:
+            raise ValueError("population and first are at least 1, generations at least 0")
+        shares = (self.crossover, self.mutation, self.early)
+        if not all(0 <= s <= 1 for s in shares):
+            raise ValueError(f"crossover, mutation and early lie between 0 and 1, not {shares}")
+
+    def plan(
+        self, scores: Scores | None, budget: Budget, anatomy: Anatomy, bench: Bench | None = None
+    ) -> tuple[Step, ...]:
+        """One step per site, in depth order; each says the proxy of the whole set, and that of the dense model.
+
+        One forward and one backward for each candidate that was not seen before, beside those of the dense model.
+        """
+        from random import Random
+
+        from lamina.planners._evolve import Drops, Genome, Stage, brood, evolve
+        from lamina.planners._target import Target, required
+
+        lab = required(bench, self.card.name).lab
+        target = Target(budget, anatomy)
+        if target.met(()):
+            return ()
+        seed = lab.seed if self.seed is None else self.seed
+        space, draw = Drops(target, self.kinds, self.early), Random(seed)
+        first = space.firsts(self.first * self.population, draw, scores)
+        proxy = Proxy(lab, self.rank, self.sequences, self.length, seed)
+
+        def young(parents: Sequence[Genome]) -> Genome | None:
+            one, other = draw.choice(parents), draw.choice(parents)
+            if draw.random() < self.crossover:
+                one = space.crossed(one, other, draw.randrange(len(one) + 1), draw) or one
+            return space.flipped(one, draw) if draw.random() < self.mutation else one
+
+        def vary(parents: Sequence[Genome]) -> list[Genome]:
+            return brood(lambda: young(parents), self.population, parents)
+
+        def each(done: int, _: object) -> None:
+            lab.progress("plan", done, self.generations)
+
+        stage = Stage(survivors=self.population, value=lambda genome: -proxy.of(space.sites(genome)))
+        best, value = evolve(first, [stage], vary, self.generations, each)
+        return space.steps(best, {"proxy": -value, "whole": float(len(proxy.whole))})
+
+
+class Proxy:
+    """Φ of sets of sites that are gone; the gradients of the dense model are taken once, each set's when it is new."""
+
+    def __init__(self, lab: Lab, rank: int, sequences: int | None, length: int | None, seed: int) -> None:
+        from lamina.lab.resume import few
+
+        self.lab, self.part = lab, few(lab, sequences, length)
+        self.adapters = _adapters(lab, rank, seed)
+        self.whole = _traces(self.part, self.adapters)
+        self.known: dict[frozenset[str], float] = {}
+
+    def of(self, gone: Iterable[str]) -> float:
+        """Σ of correlations over the sublayers that stay, to nine digits behind the point."""
+        sublayers = self.lab.anatomy.expand(gone)
+        if sublayers not in self.known:
+            with self.lab.ablate(sublayers):
+                thinned = _traces(self.part, self.adapters)
+            pairs = [(self.whole[s], thinned[s]) for s in self.whole if s not in sublayers]
+            every = np.ones(self.part.sequences, dtype=bool)
+            found = sum(_correlation(_products(one, other), every) for one, other in pairs)
+            self.known[sublayers] = round(found, 9)
+        return self.known[sublayers]
+
+
+recipe(
+    "tracenas",
+    PAPER,
+    summary="TraceNAS: an evolution of sets of sublayers by how well the gradients of what stays keep their direction.",
+    measure="",
+    planner="tracenas",
+    planner_options={"early": 0.4},
+    deviations=("depth alone, no widths",),
+)

@@ -35,9 +35,10 @@ from lamina.options import budget_of
     ids=str,
 )  # fmt: skip
 def test_budgets_are_read(asked: dict[str, Any], means: Budget) -> None:
-    got = budget_of(None, **asked)
+    got = budget_of(asked)
     assert got == means
-    assert got is not None and Budget.from_data(got.to_data()) == got
+    assert got is not None
+    assert Budget.from_data(got.to_data()) == got
 
 
 def test_needs_are_what_must_go() -> None:

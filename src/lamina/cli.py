@@ -65,10 +65,7 @@ def thin(
     model = model or data.get("model", "")
     if not model:
         raise InputError("which model?", hint="lamina thin MODEL --keep 75%")
-    budget = budget_of(
-        protect, keep=keep, parameters=parameters, bytes=bytes_, kv=kv, latency=latency, blocks=blocks,
-        sublayers=sublayers,
-    )  # fmt: skip
+    budget = budget_of(context.params)
     if budget is None and "budget" not in data:
         raise InputError(
             "how much may stay?", hint="--keep 75%, --parameters 100M, --bytes 200MB, --blocks 8, --sublayers 15"
@@ -146,6 +143,7 @@ def survey(
 
 @app.command(epilog="Example: lamina plan run --keep 75% --recipe shortgpt")
 def plan(
+    context: typer.Context,
     folder: w.Folder,
     keep: w.Keep = None,
     parameters: w.Parameters = None,
@@ -167,10 +165,7 @@ def plan(
     from lamina.core import registry
 
     run = opened(folder)
-    budget = budget_of(
-        protect, keep=keep, parameters=parameters, bytes=bytes_, kv=kv, latency=latency, blocks=blocks,
-        sublayers=sublayers,
-    )  # fmt: skip
+    budget = budget_of(context.params)
     changes: dict[str, Any] = {"budget": budget} if budget is not None else {}
     if recipe is not None:
         changes["name"] = registry.row(recipe).name

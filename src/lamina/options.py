@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,12 +87,14 @@ def latency(text: str) -> dict[str, Any]:
     return {"metric": "latency", "limit": seconds, "at": work}
 
 
-def budget_of(protect: list[str] | None, **asked: Any) -> Budget | None:
-    """The budget that was asked for by the options keep, parameters, bytes, kv, latency, blocks and sublayers; None
-    where none was. Resources may be mixed; blocks and sublayers go alone.
+def budget_of(words: Mapping[str, Any]) -> Budget | None:
+    """The budget that was asked for by the options keep, parameters, bytes_, kv, latency, blocks, sublayers and
+    protect; None where none was. Resources may be mixed; blocks and sublayers go alone.
     """
     from lamina.core.documents import Budget
 
+    asked = {name.rstrip("_"): value for name, value in words.items()}
+    protect = asked.get("protect")
     means: dict[str, Callable[[Any], dict[str, Any]]] = {
         "keep": lambda x: {"keep": share(x)},
         "parameters": lambda x: most(x, "--parameters"),

@@ -7,7 +7,7 @@ import pytest
 from lamina.core.documents import Step
 from lamina.core.errors import UnsupportedError
 from lamina.lab import Lab
-from lamina.pipeline.order import merged
+from lamina.lab.order import merged
 from lamina.testing.models import text, tiny
 
 

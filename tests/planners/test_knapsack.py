@@ -13,8 +13,9 @@ from lamina.core.errors import InputError, LaminaError
 from lamina.core.menu import Option
 from lamina.core.registry import PLANNERS, rewrite_of
 from lamina.lab import Bench, Lab
+from lamina.lab.order import merged
 from lamina.lab.pricing import Pricing, written
-from lamina.pipeline.order import merged
+from lamina.planners._trials import Healed, Trials
 from lamina.testing.models import lively, text, tiny
 
 BUDGETS = (
@@ -97,8 +98,8 @@ def test_prices_of_small_changes_are_the_divergence_that_they_make() -> None:
         dense = [torch.log_softmax(lab.forward(b).double(), -1) for b in lab.batches]
     for size in (0.02, 0.05):
         changed = {path: weight + size * noise}
-        trial = ("noise", lambda w=changed: written(lab.model, w))
-        priced = pricing.price(lambda s: [trial] if s == site else [])[site, "noise"]
+        trials = {site: [("noise", lambda w=changed: written(lab.model, w))]}
+        priced = pricing.price(lambda s, t=trials: t.get(s, []))[site, "noise"]
         slope, curve, _ = priced.mean()
         true = 0.0
         with written(lab.model, changed), torch.no_grad():
@@ -142,3 +143,19 @@ def test_options_say_which_rewrites_they_use() -> None:
     single = {o.name: o for o in options if o.groups == ("block.1.mlp",)}
     joined = single["narrow to 32 of 64 neurons + Q4_0"]
     assert joined.damage == pytest.approx(single["narrow to 32 of 64 neurons"].damage + 0.5 * single["Q4_0"].damage)
+
+
+def test_a_probe_tells_what_is_left_after_healing() -> None:
+    lab = bench()
+    before = {k: v.clone() for k, v in lab.model.state_dict().items()}
+    planner = PLANNERS.make("knapsack", {"probe": 30, "rank_rewrite": "svd"})
+    options = planner.menu(Bench(lab)).options
+    assert isinstance(planner.trials(lab), Healed)
+    healed, plain = Healed(lab, lab, 30), Trials(lab, lab)
+    gone = [next(o for o in options if o.name == "drop" and o.groups == (f"block.{n}.mlp",)) for n in (1, 2)]
+    bits = next(o for o in options if o.name == "Q4_0" and o.groups == ("block.3.mlp",))
+    assert healed.rise(gone) < plain.rise(gone)
+    assert healed.rise([bits]) == pytest.approx(plain.rise([bits])), "bits do not heal"
+    both, added = healed.rise([*gone, bits]), plain.rise([*gone, bits]) - plain.rise(gone)
+    assert both == pytest.approx(healed.rise(gone) + added, abs=1e-4)
+    assert all(torch.equal(v, before[k]) for k, v in lab.model.state_dict().items())

@@ -17,7 +17,7 @@ from lamina.core.papers import Need, Status
 from lamina.core.sites import SUBLAYERS, Kind
 from lamina.pipeline.checks import check, fitting, seeded
 from lamina.pipeline.choosing import choose, options_of, price
-from lamina.pipeline.order import informed, merged
+from lamina.lab.order import informed, merged
 from lamina.pipeline.run import Run
 from lamina.pipeline.scoring import Desk, How
 from lamina.pipeline.table import PARTS, SURVEY, write_parts, write_survey
@@ -251,10 +251,17 @@ def _expected(run: Run) -> list[Evidence]:
 
 
 def notes(run: Run, receipts: Receipts) -> tuple[str, ...]:
-    """Which engine loads the checkpoint, truthfully."""
+    """Which engine loads the checkpoint, truthfully; and what rewrites say that costs do not (`remarks`)."""
     from lamina.exporters.verdict import verdicts
 
-    return tuple(verdicts(receipts.receipts, run.thinned))
+    known = set(registry.REWRITES)
+    methods = [
+        (getattr(registry.REWRITES.method(r.rewrite), "remarks", None), r)
+        for r in receipts.receipts
+        if r.rewrite in known
+    ]
+    said = (line for remarks, r in methods if remarks for line in remarks(r))
+    return (*verdicts(receipts.receipts, run.thinned), *dict.fromkeys(said))
 
 
 @dataclass(frozen=True)

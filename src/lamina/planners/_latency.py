@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from lamina.core.documents import Step
 from lamina.core.errors import InputError
 from lamina.core.menu import Times
-from lamina.core.registry import REWRITES, rewrite_of
+from lamina.core.registry import rewrite_of
+from lamina.planners._trials import kept_shapes
 
 if TYPE_CHECKING:
     from torch import nn
@@ -39,14 +40,9 @@ def change(steps: Sequence[Step], anatomy: Anatomy, site: str) -> str:
     """A name for what steps do to a sublayer's shapes; the same for all sublayers where it takes as long. "" where
     shapes stay.
     """
-    said = [_told(s, anatomy) for s in steps if _reshapes(s)]
+    said = [_told(s, anatomy) for s in steps if not kept_shapes(s)]
     shapes = [tuple(anatomy.weight(x).shape) for x in anatomy.linears(anatomy.site(site))]
     return f"{anatomy.site(site).kind.value} {shapes}: {'; '.join(said)}" if said else ""
-
-
-def _reshapes(step: Step) -> bool:
-    """Whether a step changes what is computed, and not only with which numbers: those come at later stages."""
-    return not getattr(REWRITES.method(step.rewrite), "stage", 0)
 
 
 def _told(step: Step, anatomy: Anatomy) -> str:
@@ -78,7 +74,7 @@ def measured(lab: Lab, options: Iterable[Option], work: str) -> Times:
             changes[key] = (site, option.steps)
     for key, (site, steps) in changes.items():
         place = _room(anatomy, site, waiting)
-        waiting.setdefault(place, {})[key] = tuple(_moved(s, anatomy, site, place) for s in steps if _reshapes(s))
+        waiting.setdefault(place, {})[key] = tuple(_moved(s, anatomy, site, place) for s in steps if not kept_shapes(s))
     shares: dict[str, float] = {}
     dense: list[Mapping[str, float]] = []
     totals: list[float] = []

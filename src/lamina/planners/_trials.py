@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from lamina.core.registry import rewrite_of
+from lamina.core.registry import REWRITES, rewrite_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,6 +93,45 @@ def _gone(options: Sequence[Option]) -> list[str]:
 def _fitted(step: Step) -> bool:
     """Whether a step's maps depend on the text."""
     from lamina.core.papers import Need
-    from lamina.core.registry import REWRITES
 
     return REWRITES.card(step.rewrite).needs >= Need.FORWARD
+
+
+class Healed(Trials):
+    """Trials of what is left after `steps` of healing: drops, narrower sublayers and lower ranks heal, bits do not.
+
+    A rise is that of a healed copy with all but the steps that keep shapes, and what these add to it unhealed.
+    """
+
+    def __init__(self, fitting: Lab, judged: Lab, steps: int, healer: str = "lora") -> None:
+        super().__init__(fitting, judged)
+        self.steps, self.healer = steps, healer
+
+    def rise(self, options: Sequence[Option]) -> float:
+        """The true rise of the loss on the judged text, in nats, after a few steps of healing."""
+        shaped = [replace(o, steps=tuple(s for s in o.steps if not kept_shapes(s))) for o in options]
+        shaped = [replace(o, name=f"{o.name}, healed") for o in shaped if o.steps]
+        unhealed = super().rise(options)
+        if not shaped:
+            return unhealed
+        return self._healed(shaped) + unhealed - super().rise(shaped)
+
+    def _healed(self, options: Sequence[Option]) -> float:
+        import copy
+
+        from lamina.core.registry import HEALERS
+        from lamina.lab import Lab as Other
+        from lamina.lab.order import merged
+
+        model = copy.deepcopy(self.lab.model)
+        bench = Other(model, self.fitting.batches, seed=self.fitting.seed)
+        for step in merged([s for o in options for s in o.steps], bench):
+            rewrite_of(step).apply(step, bench)
+        HEALERS.make(self.healer).heal(bench, teacher=self.lab.model, steps=self.steps)
+        assert self._dense is not None
+        return Other(model, self.lab.batches, anatomy=bench.anatomy).loss() - self._dense
+
+
+def kept_shapes(step: Step) -> bool:
+    """Whether a step changes numbers alone, and not what is computed: such rewrites come at a later stage."""
+    return bool(getattr(REWRITES.method(step.rewrite), "stage", 0))

@@ -47,7 +47,8 @@ class Knapsack:
     most `sequences` of `length` tokens), maps fitted on the rest: one forward and two backwards, one run of its
     sublayer for each option. Then `rounds` times the plan is tried, whole and without each rewrite in turn; prices of a
     rewrite are multiplied by what it really costs beside the others, and the choice is made anew. The plan that is
-    truly cheapest is taken; 0 takes the prices as they are. Latency is measured here (see `lamina.planners._latency`).
+    truly cheapest is taken; 0 takes the prices as they are. With `probe` those trials are of copies that were healed
+    for so many steps first, since what seems dear at once may be cheap then. Latency is measured on this machine.
     """
 
     card: ClassVar[Card]
@@ -73,6 +74,7 @@ class Knapsack:
     sequences: int = 8
     length: int = 256
     rounds: int = 2
+    probe: int = 0
 
     def __post_init__(self) -> None:
         unknown = [m for m in self.moves if m not in MOVES]
@@ -125,9 +127,10 @@ class Knapsack:
 
     def trials(self, lab: Lab) -> Trials:
         """The bench on which sets of options can be tried."""
-        from lamina.planners._trials import Trials, parted
+        from lamina.planners._trials import Healed, Trials, parted
 
-        return Trials(*parted(lab, self.sequences, self.length))
+        text = parted(lab, self.sequences, self.length)
+        return Healed(*text, self.probe) if self.probe else Trials(*text)
 
     def problem(self, budget: Budget, bench: Bench) -> Problem:
         """What may be chosen from, and what must be freed. Raises InputError for what no option has a price in."""

@@ -26,7 +26,7 @@ LAZY_PARTS = frozenset(
     {"core", "report", "cli", "pipeline", "papers", "planners", "policies"}
     | {"rewrites", "healers", "evaluators", "exporters"}
 )
-TRAVELS = ("rewrites/structure.py", "rewrites/lamina_parts.py")
+TRAVELS = tuple(f"rewrites/{name}.py" for name in ("structure", "lamina_parts", "lamina_attention", "lamina_layouts"))
 """Goes with checkpoints and runs without lamina, so that it may import torch."""
 
 HEAVY = frozenset({"torch", "transformers", "peft", "accelerate", "datasets", "safetensors.torch"})

@@ -23,8 +23,10 @@ from lamina.core.registry import REWRITES
 from lamina.exporters._gguf_tensors import interleave
 from lamina.exporters.gguf import Gguf
 from lamina.lab import Lab
-from lamina.maths.grids import BLOCK, GRIDS, blocks_of
+from lamina.maths.grids import BLOCK, SIMPLE, blocks_of
+from lamina.maths.kquants import KGRIDS
 
+GRIDS = {grid.name: grid for grid in SIMPLE}
 TINY = {
     "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.1,
@@ -119,6 +121,43 @@ def test_the_file_holds_what_memory_holds(kind: str, rewrite: str, dtype: str, t
     assert rest == {dtype.upper()}
 
 
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 16, "num_key_value_heads": 8}
+
+
+@pytest.mark.parametrize(("kind", "rewrite"), [*((k, "round") for k in KGRIDS), ("each", "round"), ("each", "gptq")])
+def test_types_with_two_levels(kind: str, rewrite: str, tokenizer: Any, tmp_path: Path) -> None:
+    model = tiny(**WIDE, num_hidden_layers=2)
+    bench = lab(model)
+    sites = [s.id for s in bench.anatomy.linears()]
+    several = (*KGRIDS, "Q8_0", "Q4_1")
+    types = {s: several[n % len(several)] for n, s in enumerate(sites)} if kind == "each" else kind
+    step = Step(rewrite=rewrite, sites=tuple(sites), options={"type": types})
+    receipt = REWRITES.make(rewrite).apply(step, bench)
+    (path,) = Gguf().export(model, run(tokenizer, receipt), tmp_path)
+    held = tensors(path)
+    for n in range(2):
+        for name, place in PLACES.items():
+            got, read = held[f"blk.{n}.{name}.weight"]
+            site = f"block.{n}.{'attention' if place.startswith('self') else 'mlp'}.{place.partition('.')[2]}"
+            assert got == type_at(receipt, site), site
+            assert torch.equal(read, model.get_submodule(f"model.layers.{n}.{place}").weight), site
+    server, prompts = engine(path), [tokenizer(p).input_ids for p in PROMPTS[:4]]
+    assert max(errors(server, model, prompts)) < 8e-2
+    if kind in KGRIDS:
+        with torch.no_grad():
+            for site in bench.anatomy.linears():
+                model.get_submodule(site.path).register_forward_pre_hook(lambda _, args: eight_bits(args[0]))
+        assert min(errors(server, model, prompts)) < 1e-5
+
+
+def eight_bits(x: Tensor) -> Tensor:
+    """What enters a product with a type of two levels, as ggml rounds it: 256 inputs to a step."""
+    cut = x.unflatten(-1, (-1, 256))
+    top = cut.gather(-1, cut.abs().argmax(-1, keepdim=True))
+    inverse = -127 / top
+    return ((inverse * cut).round().clamp_max(127) / inverse).flatten(-2)
+
+
 def test_the_file_takes_the_bytes_that_the_receipt_says(tokenizer: Any, tmp_path: Path) -> None:
     model = tiny()
     bench = lab(model)
@@ -155,9 +194,18 @@ def test_a_part_of_the_maps(tokenizer: Any, tmp_path: Path) -> None:
     assert {kind for kind, _ in tensors(bare).values()} == {"F32"}
 
 
-@pytest.mark.parametrize(("kind", "wanted"), [("Q4_1", "MOSTLY_Q4_1"), ("Q8_0", "MOSTLY_Q8_0"), (None, "ALL_F32")])
+@pytest.mark.parametrize(
+    ("kind", "wanted"),
+    [
+        ("Q4_1", "MOSTLY_Q4_1"),
+        ("Q8_0", "MOSTLY_Q8_0"),
+        ("Q4_K", "MOSTLY_Q4_K_S"),
+        ("Q6_K", "MOSTLY_Q6_K"),
+        (None, "ALL_F32"),
+    ],
+)
 def test_header_names_the_type(kind: str | None, wanted: str, tokenizer: Any, tmp_path: Path) -> None:
-    model = tiny()
+    model = tiny(**(WIDE if kind in KGRIDS else {}))
     receipts = () if kind is None else (round_all(lab(model), kind),)
     (path,) = Gguf().export(model, run(tokenizer, *receipts), tmp_path)
     (field,) = (f for k, f in GGUFReader(path).fields.items() if k == "general.file_type")
@@ -174,6 +222,22 @@ def test_rounded_and_then_dropped(tokenizer: Any, tmp_path: Path) -> None:
     assert {kind for name, (kind, _) in held.items() if name.startswith("blk.1.ffn") and "norm" not in name} == {"Q4_0"}
     assert not any(name.startswith(("blk.1.attn", "blk.3.")) for name in held)
     assert len([kind for kind, _ in held.values() if kind == "Q4_0"]) == 7 + 3 + 7
+
+
+def test_masks_are_written_and_other_attentions_refused(tokenizer: Any, tmp_path: Path) -> None:
+    model = tiny()
+    bench = lab(model)
+    sites = tuple(s.id for s in bench.anatomy.linears("block.1"))
+    masks = [
+        REWRITES.make(n).apply(Step(rewrite=n, sites=sites, options={"pattern": "2:4"}), bench)
+        for n in ("magnitude", "wanda", "sparsegpt")
+    ]
+    (path,) = Gguf().export(model, run(tokenizer, *masks), tmp_path)
+    assert float((tensors(path)["blk.1.ffn_up.weight"][1] == 0).double().mean()) >= 0.5
+    for name, options in (("window", {"window": 4}), ("linear-attention", {"ridge": 0})):
+        receipt = REWRITES.make(name).apply(Step(rewrite=name, sites=("block.2.attention",), options=options), bench)
+        (problem,) = Gguf().check((receipt,), model)
+        assert "alone" in problem.what
 
 
 @pytest.mark.parametrize("what", ["trained", "one number"])

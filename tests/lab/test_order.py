@@ -48,3 +48,14 @@ def test_a_site_that_another_step_would_rename_is_refused() -> None:
     assert merged([replaced, elsewhere], lab()) == [replaced, elsewhere]
     both = Step(rewrite="replace", sites=("block.2.attention", "block.2.mlp"))
     assert merged([both], lab()) == [both]
+
+
+def test_steps_that_take_blocks_away_come_last_and_alone() -> None:
+    bench = lab()
+    merge = Step(rewrite="merge", sites=("block.0", "block.1"))
+    cut = Step(rewrite="narrow", sites=("block.3.mlp.neuron",), options={"gone": {"block.3.mlp.neuron": [1]}})
+    assert [s.rewrite for s in merged([merge, cut], bench)] == ["narrow", "merge"]
+    bits = Step(rewrite="round", sites=("block.3.mlp.up_proj",), options={"type": "Q4_0"})
+    for other in (Step(rewrite="drop", sites=("block.3",)), Step(rewrite="laco", sites=("block.2", "block.3")), bits):
+        with pytest.raises(UnsupportedError, match=f"{other.rewrite} would find others under their names"):
+            merged([merge, other], bench)

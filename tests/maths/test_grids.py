@@ -15,8 +15,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lamina.maths.grids import BLOCK, GRIDS, Grid, Scales, blocks_of, digits
+from lamina.maths.grids import BLOCK, SIMPLE, Grid, Scales, blocks_of, digits
 
+GRIDS = {grid.name: grid for grid in SIMPLE}
 NAMES = sorted(GRIDS)
 EVEN = sorted(n for n in GRIDS if not GRIDS[n].offset)
 NARROW = (torch.bfloat16, torch.float16)

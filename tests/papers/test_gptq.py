@@ -12,9 +12,10 @@ from lamina.core.documents import Step
 from lamina.core.errors import InputError
 from lamina.core.registry import REWRITES
 from lamina.lab import Lab
-from lamina.maths.grids import BLOCK, GRIDS, Grid, compensated
+from lamina.maths.grids import BLOCK, SIMPLE, Grid, compensated
 from lamina.testing.models import text, tiny
 
+GRIDS = {grid.name: grid for grid in SIMPLE}
 NAMES = sorted(GRIDS)
 
 

@@ -6,13 +6,17 @@ import math
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from lamina.core.documents import Budget, Step
 from lamina.core.errors import InputError
-from lamina.core.registry import MEASURES
+from lamina.core.registry import MEASURES, PLANNERS, REWRITES, row
+from lamina.core.scores import Scores
 from lamina.core.sites import Kind, Site
 from lamina.lab import Lab, Taps
+from lamina.testing.bench import expect_same, picture
 from lamina.testing.models import text, tiny
 
 ARCHITECTURES = ("llama", "gpt2", "gpt_neox", "gemma2", "mixtral")
@@ -117,3 +121,105 @@ def test_norms_and_biases_are_no_part_of_it() -> None:
 def test_a_threshold_must_be_positive(threshold: float) -> None:
     with pytest.raises(InputError, match="threshold must be above 0"):
         MEASURES.make("zd", {"threshold": threshold})
+
+
+BLOCKS = tuple(f"block.{n}" for n in range(4))
+BITS = {"Q8_0": 8.5, "Q5_0": 5.5, "Q4_0": 4.5, "Q4_1": 5.0, "Q4_K": 4.5}
+
+
+def scored(*values: float) -> Scores:
+    return Scores(measure="lim", values={b: np.array([v]) for b, v in zip(BLOCKS, values, strict=True)})
+
+
+def planned(lab: Lab, scores: Scores | None, budget: Budget, **options: Any) -> tuple[Step, ...]:
+    return PLANNERS.make("layerwise-bits", options).plan(scores, budget, lab.anatomy)
+
+
+def levels(steps: tuple[Step, ...]) -> dict[str, str]:
+    return {s: step.options["type"] for step in steps for s in step.sites}
+
+
+def taken(lab: Lab, kinds: dict[str, str]) -> int:
+    """Bytes of the model with maps in these types."""
+    total = sum(p.numel() * 4 for p in {id(p): p for p in lab.model.parameters()}.values())
+    for site, kind in kinds.items():
+        count = lab.anatomy.weight(site).numel()
+        total -= count * 4 - round(count * BITS[kind] / 8)
+    return total
+
+
+@pytest.mark.parametrize("low", range(5))
+def test_the_least_important_blocks_get_the_low_bits(low: int) -> None:
+    lab, values = Lab(tiny("llama"), text(1, 4)), (-0.9, -0.2, -0.7, -0.4)
+    ranked = [BLOCKS[n] for n in (0, 2, 3, 1)]
+    wanted = {
+        s.id: "Q4_0" if any(s.id.startswith(f"{b}.") for b in ranked[:low]) else "Q8_0" for s in lab.anatomy.linears()
+    }
+    budget = Budget(metric="bytes", limit=taken(lab, wanted))
+    steps = planned(lab, scored(*values), budget)
+    assert levels(steps) == wanted
+    assert [s.options["type"] for s in steps] == [k for k in ("Q8_0", "Q4_0") if k in wanted.values()]
+    assert all(s.rewrite == "round" for s in steps)
+    if low < 4:
+        assert levels(planned(lab, scored(*values), Budget(metric="bytes", limit=taken(lab, wanted) - 1))) != wanted
+    before = lab.anatomy.total().bytes
+    assert before - sum(int(s.why["bytes"]) for s in steps) == taken(lab, wanted)
+    last = [REWRITES.make("round").apply(s, lab).after.bytes - before for s in steps]
+    assert before + sum(last) == taken(lab, wanted)
+
+
+def test_equal_scores_go_in_depth_order_and_the_protected_stay() -> None:
+    lab = Lab(tiny("llama"), text(1, 4))
+    half = {s.id: "Q4_0" if s.block == 1 else "Q8_0" for s in lab.anatomy.linears() if s.block}
+    budget = Budget(metric="bytes", limit=taken(lab, half), protect=("block.0",))
+    before = picture(lab.model)
+    assert levels(planned(lab, scored(0, 0, 0, 0), budget)) == half
+    expect_same(before, picture(lab.model), "the planner")
+
+
+def test_maps_take_what_fits_them() -> None:
+    lab = Lab(tiny("llama", intermediate_size=256), text(1, 4))
+    all_high = taken(lab, {s.id: "Q5_0" for s in lab.anatomy.linears()})
+    steps = planned(lab, scored(1, 2, 3, 4), Budget(metric="bytes", limit=all_high - 1), high="Q5_0", low="Q4_K")
+    found = levels(steps)
+    assert "Q4_K" in found.values()
+    assert {s for s, k in found.items() if k == "Q4_K"} == {"block.0.mlp.down_proj"}
+    assert len(found) == len(lab.anatomy.linears())
+    odd = Lab(tiny("llama", intermediate_size=40), text(1, 4))
+    kept = {s.id for s in odd.anatomy.linears()} - set(
+        levels(planned(odd, scored(1, 2, 3, 4), Budget(metric="bytes", keep=0.9)))
+    )
+    assert kept == {f"{b}.mlp.down_proj" for b in BLOCKS}
+
+
+@pytest.mark.parametrize("measure", ["lim", "zd"])
+@pytest.mark.parametrize("rewrite", ["round", "gptq"])
+def test_the_recipe_gives_two_levels(measure: str, rewrite: str) -> None:
+    lab, entry = Lab(tiny("llama"), text(4, 12)), row(f"layerwise-bits-{measure}")
+    scores = MEASURES.make(entry.measure).measure(lab)
+    ends = [taken(lab, {s.id: kind for s in lab.anatomy.linears()}) for kind in ("Q8_0", "Q4_0")]
+    budget = Budget(metric="bytes", limit=sum(ends) // 2)
+    steps = PLANNERS.make(entry.planner, {"rewrite": rewrite}).plan(scores, budget, lab.anatomy)
+    assert [s.options["type"] for s in steps] == ["Q8_0", "Q4_0"]
+    low = {s.rsplit(".", 2)[0] for s in steps[1].sites}
+    high = {s.rsplit(".", 2)[0] for s in steps[0].sites}
+    assert not low & high
+    assert max(float(scores[b]) for b in low) <= min(float(scores[b]) for b in high)
+    for step in steps:
+        REWRITES.make(rewrite).apply(step, lab)
+
+
+@pytest.mark.parametrize(
+    ("options", "budget", "scores", "words"),
+    [
+        ({}, Budget(metric="bytes", keep=0.1), scored(1, 2, 3, 4), "at most"),
+        ({}, Budget(metric="parameters", keep=0.5), scored(1, 2, 3, 4), "fewer bits free no parameters"),
+        ({}, Budget(metric="blocks", drop=1), scored(1, 2, 3, 4), "fewer bits free no blocks"),
+        ({}, Budget(metric="bytes", keep=0.5), None, "no scores of all blocks"),
+        ({"high": "Q9"}, Budget(metric="bytes", keep=0.5), None, "no type is named 'Q9'"),
+        ({"high": "Q4_0", "low": "Q8_0"}, Budget(metric="bytes", keep=0.5), None, "more bits than low"),
+    ],
+)
+def test_bad_plans(options: dict[str, Any], budget: Budget, scores: Scores | None, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        planned(Lab(tiny("llama"), text(1, 4)), scores, budget, **options)

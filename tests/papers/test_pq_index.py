@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from lamina.core.documents import Budget
 from lamina.core.errors import InputError
-from lamina.core.registry import MEASURES
+from lamina.core.registry import MEASURES, PLANNERS, REWRITES
 from lamina.lab import Lab
 from lamina.testing.models import text, tiny
 
@@ -112,3 +113,70 @@ def test_large_maps_are_read_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_bad_options(options: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=words):
         MEASURES.make("pq-index", options)
+
+
+def planned(lab: Lab, keep: float, protect: tuple[str, ...] = (), **options: Any) -> dict[str, float]:
+    budget = Budget(metric="parameters", keep=keep, protect=protect)
+    (step,) = PLANNERS.make("sap", options).plan(None, budget, lab.anatomy)
+    assert step.rewrite == options.get("rewrite", "magnitude")
+    return dict(step.options["sparsity"])
+
+
+@pytest.mark.parametrize(("p", "q", "eta"), [(0.5, 1.0, 0.0), (1.0, 2.0, 0.0), (0.3, 1.7, 0.2)])
+@pytest.mark.parametrize("keep", [0.8, 0.4])
+def test_shares_are_those_of_the_formula_up_to_one_factor(p: float, q: float, eta: float, keep: float) -> None:
+    model = tiny("llama")
+    with torch.no_grad():
+        for n, layer in enumerate(model.model.layers):  # type: ignore[union-attr]
+            weight = layer.mlp.up_proj.weight
+            weight.copy_(weight.sign() * weight.abs() ** (1 + n))
+    lab = Lab(model, text(1, 4))
+    got = planned(lab, keep, p=p, q=q, eta=eta)
+    sites, sizes, free = [s.id for s in lab.anatomy.linears()], {}, {}
+    for site in sites:
+        w = lab.anatomy.weight(site).flatten().tolist()
+        sizes[site] = len(w)
+        free[site] = 1 - (1 + eta) ** (q / (p - q)) * (1 - index(w, p, q)) ** (q * p / (q - p))
+    factors = {s: got[s] / free[s] for s in sites if s in got and got[s] < 0.9 - 1e-9}
+    common = max(factors.values())
+    for site in sites:
+        want = min(common * max(free[site], 0.0), 0.9)
+        assert got.get(site, 0.0) == pytest.approx(want, abs=(3 + 2 * common) / sizes[site]), site
+    zeros = sum(sizes[s] * share for s, share in got.items())
+    assert abs(zeros - (1 - keep) * sum(sizes.values())) <= len(sites) + 1
+    assert max(got.values()) > min(got.values()) + 0.01
+
+
+def test_the_plan_makes_as_many_zeros_as_the_budget_asks() -> None:
+    lab = Lab(tiny("llama"), text(1, 4))
+    budget = Budget(metric="parameters", keep=0.5, protect=("block.0", "block.2.mlp"))
+    (step,) = PLANNERS.make("sap").plan(None, budget, lab.anatomy)
+    assert not [s for s in step.sites if s.startswith(("block.0.", "block.2.mlp"))]
+    REWRITES.make("magnitude").apply(step, lab)
+    weights = torch.cat([lab.anatomy.weight(s.id).flatten() for s in lab.anatomy.linears()])
+    assert float((weights == 0).double().mean()) == pytest.approx(0.5, abs=0.005)
+
+
+def test_sparse_maps_lose_more() -> None:
+    model = tiny("llama")
+    weight = model.model.layers[1].mlp.down_proj.weight  # type: ignore[union-attr,index]
+    with torch.no_grad():
+        weight.mul_(torch.rand_like(weight) ** 8)
+    got = planned(Lab(model, text(1, 4)), 0.7)
+    assert max(got, key=lambda s: got[s]) == "block.1.mlp.down_proj"
+
+
+@pytest.mark.parametrize(
+    ("options", "keep", "words"),
+    [
+        ({}, 0.05, "let no more weights go"),
+        ({"most": 0.3}, 0.6, "let no more weights go"),
+        ({"rewrite": "svd"}, 0.6, "takes no sparsity"),
+        ({"p": 2.0}, 0.6, "0 < p < q"),
+        ({"eta": -0.1}, 0.6, "eta is not below 0"),
+        ({"most": 1.0}, 0.6, "most lies between 0 and 1"),
+    ],
+)
+def test_bad_plans(options: dict[str, Any], keep: float, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        planned(Lab(tiny("llama"), text(1, 4)), keep, **options)

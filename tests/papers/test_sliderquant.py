@@ -14,12 +14,13 @@ from lamina.core.documents import Step
 from lamina.core.errors import InputError, UnsupportedError
 from lamina.core.registry import REWRITES
 from lamina.lab import Lab
-from lamina.maths.grids import BLOCK, GRIDS, blocks_of
+from lamina.maths.grids import BLOCK, SIMPLE, blocks_of
 from lamina.papers.bits.sliderquant import RATES, SHARES, slides
 from lamina.rewrites._windows import CLIP, Learnt, Windows
 from lamina.testing.bench import picture, rows
 from lamina.testing.models import padded, text, tiny
 
+GRIDS = {grid.name: grid for grid in SIMPLE}
 NAMES = sorted(GRIDS)
 
 

@@ -152,3 +152,161 @@ def test_what_cannot_be_done_is_told(gone: dict[str, list[int]], said: str) -> N
 def test_a_refit_below_zero_is_refused() -> None:
     with pytest.raises(InputError, match="refit"):
         REWRITES.make("narrow", {"refit": -1})
+
+
+def narrowed(name: str, gone: dict[str, list[int]], ids: Tensor) -> tuple[Lab, Any]:
+    """A tiny model without these units, and what it was."""
+    dense: Any = tiny(name)
+    lab = Lab(tiny(name), ids)
+    forecast = REWRITES.make("narrow").forecast(step(gone), lab.anatomy)
+    receipt = REWRITES.make("narrow").apply(step(gone), lab)
+    assert receipt.after == forecast == lab.anatomy.total()
+    return lab, dense
+
+
+def mixture_by_hand(moe: Any, x: Tensor, kept: list[int]) -> Tensor:
+    """Token by token: the two best of the kept experts, their shares of the two scores, gated maps."""
+    out = torch.zeros_like(x)
+    for t, token in enumerate(x):
+        scores = (moe.gate.weight[kept] @ token).softmax(0)
+        best = scores.argsort(descending=True)[:2]
+        for place in best:
+            gate, up = (moe.experts.gate_up_proj[kept[place]] @ token).chunk(2)
+            value = moe.experts.down_proj[kept[place]] @ (torch.nn.functional.silu(gate) * up)
+            out[t] += scores[place] / scores[best].sum() * value
+    return out
+
+
+@torch.no_grad()
+def test_experts_that_go_are_never_chosen() -> None:
+    ids = text(3, 10)
+    gone = {"block.0.moe.expert": [1], "block.2.moe.expert": [0, 3]}
+    lab, dense = narrowed("mixtral", gone, ids)
+    kept = {0: [0, 2, 3], 1: [0, 1, 2, 3], 2: [1, 2], 3: [0, 1, 2, 3]}
+    for number, layer in enumerate(dense.model.layers):
+        layer.mlp.forward = lambda x, m=layer.mlp, k=kept[number]: mixture_by_hand(m, x.flatten(0, 1), k).view_as(x)
+    torch.testing.assert_close(lab.model(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-5)
+    mine: Any = lab.model
+    assert mine.model.layers[2].mlp.experts.down_proj.shape[0] == mine.model.layers[2].mlp.experts.num_experts == 2
+    assert mine.model.layers[2].mlp.gate.weight.shape == (2, 32)
+
+
+def test_a_token_needs_its_experts() -> None:
+    lab = Lab(tiny("mixtral"), text(2, 8))
+    with pytest.raises(LaminaError, match="goes to 2 experts, 1 would be left"):
+        REWRITES.make("narrow").apply(step({"block.1.moe.expert": [0, 1, 2]}), lab)
+    with pytest.raises(LaminaError, match="make up for experts"):
+        REWRITES.make("narrow", {"refit": 0.1}).apply(step({"block.1.moe.expert": [0]}), lab)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "mixtral"])
+@torch.no_grad()
+def test_a_stream_of_fewer_channels_is_the_smaller_class_on_sliced_weights(name: str) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    ids, out = text(2, 9), [0, 5, 6, 13, 20, 21, 22, 31]
+    keep = [c for c in range(32) if c not in out]
+    lab, dense = narrowed(name, {"channel": out}, ids)
+    data = {**dense.config.to_dict(), "hidden_size": 24, "head_dim": 8}
+    small: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**data)).eval()
+    weights = {}
+    for key, value in dense.state_dict().items():
+        last = key.split(".")[-2] if key.endswith("weight") else key.split(".")[-1]
+        if key.endswith("bias"):
+            weights[key] = value
+        elif value.ndim == 1:
+            weights[key] = value[keep]
+        elif last in ("o_proj", "down_proj"):
+            weights[key] = value[keep] if value.ndim == 2 else value[:, keep]
+        else:
+            weights[key] = value[..., keep]
+    small.load_state_dict(weights)
+    torch.testing.assert_close(lab.model(ids).logits, small(ids).logits)
+    said = name != "qwen2"  # whose config has no word for the width of a head
+    assert lab.model.config.hidden_size == (24 if said else 32)
+
+
+@torch.no_grad()
+def test_channels_neurons_and_groups_go_at_once_from_a_network_with_layer_norms() -> None:
+    ids, out = text(2, 9), [1, 2, 30]
+    keep = [c for c in range(32) if c not in out]
+    gone = {"channel": out, "block.1.mlp.neuron": [0, 7], "block.2.attention.kv_group": [3]}
+    lab, dense = narrowed("nanogpt", gone, ids)
+    norm = torch.nn.functional.layer_norm
+    x = dense.tokens.weight[ids][..., keep] + dense.places.weight[: ids.shape[1], keep]
+    for number, block in enumerate(dense.blocks):
+        rows = [r for r in range(32) if not (number == 2 and r >= 24)]
+        h = norm(x, (29,), block.before.weight[keep], block.before.bias[keep])
+        qkv = block.mixes.qkv
+        parts = [[p * 32 + r for r in rows] for p in range(3)]
+        q, k, v = ((h @ qkv.weight[p][:, keep].T + qkv.bias[p]).unflatten(-1, (-1, 8)).transpose(1, 2) for p in parts)
+        mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        x = x + mixed @ block.mixes.out.weight[keep][:, rows].T + block.mixes.out.bias[keep]
+        h = norm(x, (29,), block.between.weight[keep], block.between.bias[keep])
+        first, _, last = block.feeds
+        hidden = torch.nn.functional.gelu(h @ first.weight[:, keep].T + first.bias)
+        hidden[..., [0, 7] if number == 1 else []] = 0
+        x = x + hidden @ last.weight[keep].T + last.bias[keep]
+    want = norm(x, (29,), dense.norm.weight[keep], dense.norm.bias[keep]) @ dense.head.weight[:, keep].T
+    torch.testing.assert_close(lab.model(ids), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt2", "cohere"])
+def test_tied_embeddings_stay_tied_and_what_reads_its_config_stays_right(name: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    ids, model = text(2, 9), tiny(name)
+    lab = Lab(model, ids)
+    scales = {k: v for m in model.modules() for k, v in vars(m).items() if "embed_scale" in k}
+    receipt = REWRITES.make("narrow").apply(step({"channel": [3, 4, 5, 6]}), lab)
+    assert lab.model.get_input_embeddings().weight is lab.model.get_output_embeddings().weight
+    assert lab.model.get_input_embeddings().embedding_dim == 28
+    assert scales == {k: v for m in lab.model.modules() for k, v in vars(m).items() if "embed_scale" in k}
+    save_checkpoint(lab.model, [receipt], None, tmp_path / "m", name="tiny")
+    with torch.no_grad():
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "m", trust_remote_code=True).eval()
+        torch.testing.assert_close(again(ids).logits, lab.model(ids).logits)
+
+
+@torch.no_grad()
+def test_equal_widths_of_every_kind_make_a_plain_checkpoint(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    ids = text(2, 9)
+    gone: dict[str, list[int]] = {"channel": list(range(8))}
+    for site in Lab(tiny("mixtral"), ids).anatomy.of_kind(Kind.EXPERT, Kind.KV_GROUP):
+        gone[site.id] = [site.block % site.width if site.block else 0]
+    lab, _ = narrowed("mixtral", gone, ids)
+    receipt = REWRITES.make("narrow").apply(step({"channel": list(range(8))}), lab)
+    assert form(lab.model, [receipt]) == "stock"
+    save_checkpoint(lab.model, [receipt], None, tmp_path / "m", name="tiny")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()
+    torch.testing.assert_close(again(ids).logits, lab.model(ids).logits)
+    config = again.config
+    assert (config.hidden_size, config.num_local_experts, config.num_key_value_heads) == (16, 3, 1)
+
+
+def test_heads_and_groups_of_one_attention_do_not_go_at_once() -> None:
+    gone = {"block.1.attention.kv_group": [0], "block.1.attention.head": [0, 2]}
+    with pytest.raises(LaminaError, match="at once"):
+        REWRITES.make("narrow").apply(step(gone), Lab(tiny("llama"), text(2, 8)))
+
+
+def test_an_error_midway_leaves_model_and_config_as_they_were() -> None:
+    from lamina.rewrites._narrow_config import undone_on_error
+    from lamina.testing.bench import expect_same, picture
+
+    model: Any = tiny("llama")
+    before, path = picture(model), "model.layers.0.mlp.down_proj"
+
+    def fails() -> None:
+        with undone_on_error(model, [path]), torch.no_grad():
+            model.get_submodule(path).weight.zero_()
+            model.model.layers[1].mlp.up_proj = torch.nn.Identity()
+            model.model.norm.weight = torch.nn.Parameter(torch.zeros(3))
+            model.config.hidden_size, model.extra = 7, 1
+            raise ValueError("midway")
+
+    with pytest.raises(ValueError, match="midway"):
+        fails()
+    expect_same(before, picture(model), "the failed change")

@@ -126,6 +126,7 @@ REFUSED: dict[str, tuple[Any, torch.dtype, str]] = {
     "not a name": (4, torch.float32, "no type is named '4'"),
     "a number missing": ({"block.0": "Q4_0"}, torch.float32, "the step tells no type"),
     "lowest values in bfloat16": ("Q4_1", torch.bfloat16, "bfloat16 can't hold the numbers of Q4_1.*float32"),
+    "two levels on a narrow map": ("Q4_K", torch.float32, "32 inputs are no multiple of 256.*llama.cpp takes Q5_0"),
     "lowest values in float16": ("Q5_1", torch.float16, "float16 can't hold the numbers of Q5_1"),
 }
 
@@ -193,3 +194,28 @@ def test_the_registry_knows_it() -> None:
     assert REWRITES.card("round").on == (Kind.LINEAR,)
     with pytest.raises(InputError, match="no option"):
         REWRITES.make("round", {"type": "Q4_0"})
+
+
+@pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"])
+def test_types_with_two_levels(kind: str) -> None:
+    bench = Lab(tiny("llama", intermediate_size=512), text(2, 8))
+    site = "block.1.mlp.down_proj"
+    before, total = bench.anatomy.weight(site).detach().clone(), bench.anatomy.total()
+    receipt = REWRITES.make("round").apply(step([site], kind), bench)
+    held = bench.anatomy.weight(site).detach()
+    written = GRIDS[kind].written(held)
+    assert written is not None
+    assert torch.equal(torch.from_numpy(dequantize(written.numpy(), GGMLQuantizationType[kind])), held)
+    assert 0 < float((held - before).norm() / before.norm()) < 0.4
+    assert total.bytes - receipt.after.bytes == 32 * 512 * 4 - written.numel()
+    again = held.clone()
+    REWRITES.make("round").apply(step([site], kind), bench)
+    assert torch.equal(bench.anatomy.weight(site), again)
+    half = Lab(tiny("llama", intermediate_size=512).bfloat16(), text(2, 8))
+    with pytest.raises(UnsupportedError, match=f"bfloat16 can't hold the numbers of {kind}.*float32"):
+        REWRITES.make("round").apply(step([site], kind), half)
+    sites = [s.id for s in bench.anatomy.linears("block.2.mlp")][-1:]
+    with pytest.raises(UnsupportedError, match="no clip is learnt"):
+        REWRITES.make("sliderquant").apply(
+            Step(rewrite="sliderquant", sites=tuple(sites), options={"type": kind}), bench
+        )

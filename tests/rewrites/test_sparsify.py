@@ -245,3 +245,29 @@ def test_a_map_of_low_rank_is_two_maps_that_can_be_pruned() -> None:
     for part in inside:
         module: nn.Linear = lab.model.get_submodule(part.path)  # type: ignore[assignment]
         assert float((module.weight == 0).double().mean()) == 0.5
+
+
+def test_the_proof_says_that_masks_are_no_speed_up() -> None:
+    from types import SimpleNamespace
+
+    from lamina.core.documents import ModelRef, Receipts
+    from lamina.pipeline.verbs import notes
+
+    lab = Lab(tiny("llama"), text(2, 8))
+    receipts = [
+        REWRITES.make(n).apply(Step(rewrite=n, sites=(s,), options=o), lab)
+        for n, s, o in (
+            ("magnitude", "block.0.mlp.up_proj", {"sparsity": 0.25}),
+            ("round", "block.1.mlp.up_proj", {"type": "Q8_0"}),
+            ("window", "block.2.attention", {"window": 3}),
+        )
+    ]
+    document = Receipts(model=ModelRef(name="tiny", fingerprint="sha256:0"), plan="", receipts=tuple(receipts))
+    found = notes(SimpleNamespace(thinned=lab.model), document)  # type: ignore[reportArgumentType]
+    masks, window = found[-2:]
+    assert masks == (
+        "magnitude: in 1 maps 25% of the weights are zero on average, and are stored and multiplied like others: masks "
+        "are not a speed-up"
+    )
+    assert "at most 3 tokens" in window
+    assert found[0].startswith("transformers: loads with trust_remote_code=True")

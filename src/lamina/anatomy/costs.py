@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -79,3 +80,36 @@ def _block(model: nn.Module, block: Block, kv: Mapping[str, int]) -> dict[str, C
     held = sum(kv.get(b.site.id, 0) for b in block.branches)
     found[block.site.id] = Cost(weight.parameters, weight.bytes, block.macs, held)
     return found
+
+
+@dataclass(frozen=True)
+class Tied:
+    """A tensor that sublayers of several blocks hold in common: what it takes, and the block of each that holds it."""
+
+    cost: Cost
+    holders: Mapping[str, str]
+
+
+def tied(model: nn.Module, stacks: Sequence[Stack]) -> tuple[Tied, ...]:
+    """All tensors that are stored once for several blocks."""
+    holders: dict[int, dict[str, str]] = {}
+    tensors: dict[int, nn.Parameter] = {}
+    for block in (b for k in stacks for b in k.blocks if b.turns == 1):
+        module = model.get_submodule(block.path)
+        for branch in block.branches:
+            for _, parameter in branch.owned(module):
+                tensors[id(parameter)] = parameter
+                holders.setdefault(id(parameter), {})[branch.site.id] = block.site.id
+    several = {key: held for key, held in holders.items() if len(set(held.values())) > 1}
+    return tuple(Tied(weigh([tensors[key]]), held) for key, held in several.items())
+
+
+def still_held(tensors: Iterable[Tied], gone: Iterable[str]) -> Cost:
+    """What dropping these sublayers does not free though each of them holds it: others do too, or it was told twice."""
+    out, total = frozenset(gone), Cost()
+    for one in tensors:
+        counted = len({block for site, block in one.holders.items() if site in out})
+        freed = 1 if out.issuperset(one.holders) else 0
+        for _ in range(counted - freed):
+            total += one.cost
+    return total

@@ -172,7 +172,10 @@ def recipe(name: str, paper: Paper | None, *, summary: str, **parts: Any) -> Row
     return entry
 
 
-TRAVELS = ("lamina.rewrites.structure", "lamina.rewrites.lamina_parts")
+TRAVELS = (
+    "lamina.rewrites.structure",
+    *(f"lamina.rewrites.lamina_{name}" for name in ("parts", "attention", "layouts")),
+)
 """The files that go with checkpoints: they need torch and register nothing."""
 METHOD_PACKAGES = ("papers", "planners", "rewrites", "healers", "evaluators", "exporters")
 

@@ -162,7 +162,8 @@ def _file_type(blocks: Sequence[BlockWeights], dtype: str) -> LlamaFileType:
     matrices = [f for f in _TENSORS if "norm" not in f]
     counts = Counter(b.types.get(f, "") for b in blocks for f in matrices if getattr(b, f) is not None)
     most = counts.most_common(1)[0][0]
-    return LlamaFileType[f"MOSTLY_{most}"] if most else FORMATS[dtype][2]
+    name = f"{most}_S" if f"MOSTLY_{most}_S" in LlamaFileType.__members__ else most
+    return LlamaFileType[f"MOSTLY_{name}"] if most else FORMATS[dtype][2]
 
 
 def _body(writer: gguf.GGUFWriter, rows: list[Row], dtype: str, head_dim: int) -> None:

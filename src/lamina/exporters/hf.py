@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 SHARD = "5GB"
 """Larger checkpoints are split into files of at most this size, with an index, as transformers does."""
-KINDS = frozenset({"drop", "swap", "narrow", "share"})
+KINDS = frozenset({"drop", "swap", "narrow", "share", "attend", "layout", "resize"})
 """The kinds of structure steps that the shim file can replay."""
 
 
@@ -68,7 +68,7 @@ def form(model: nn.Module, receipts: Sequence[Receipt]) -> Literal["stock", "shi
     The class itself will do where whole blocks are gone and it builds, from the config as it is now, the same layers.
     """
     steps = [step for receipt in receipts for step in receipt.structure.get("steps", ())]
-    cut = any(step.get("branches") or step["kind"] in ("swap", "share") for step in steps)
+    cut = any(step.get("branches") or step["kind"] in ("swap", "share", "attend", "layout") for step in steps)
     stands = any(type(m).__name__ in ("Gone", "Group") for m in model.modules())
     return "shim" if cut or stands or _earlier(model) or (steps and not _rebuilt(model, steps)) else "stock"
 

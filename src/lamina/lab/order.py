@@ -9,6 +9,7 @@ from lamina.core import registry
 from lamina.core.documents import Step
 from lamina.core.errors import UnsupportedError
 from lamina.core.papers import Need
+from lamina.core.registry import REWRITES
 from lamina.core.sites import Kind
 
 if TYPE_CHECKING:
@@ -37,9 +38,11 @@ def merged(steps: Sequence[Step], lab: Lab) -> list[Step]:
             joined = together(found[place], step)
             assert joined is not None
             found[place] = joined
-    found.sort(key=lambda s: getattr(type(registry.rewrite_of(s)), "stage", 0))
+    found.sort(key=lambda s: (_removes(s), getattr(type(registry.rewrite_of(s)), "stage", 0)))
     out = lab.anatomy.collapse(lab.anatomy.expand(gone))
-    return [*found, Step(rewrite="drop", sites=out)] if out else found
+    found += [Step(rewrite="drop", sites=out)] if out else []
+    _expect_blocks_kept(found)
+    return found
 
 
 def _expect_names_kept(steps: Sequence[Step], lab: Lab) -> None:
@@ -53,6 +56,24 @@ def _expect_names_kept(steps: Sequence[Step], lab: Lab) -> None:
             if others:
                 what = f"{others[0]} would have another name once this is a map"
                 raise UnsupportedError(what, where=site, hint="replace both in one step, or apply the other one first")
+
+
+def _removes(step: Step) -> bool:
+    """Whether a rewrite, by its class's word, leaves fewer blocks than there were: those behind get other names."""
+    return bool(getattr(REWRITES.method(step.rewrite), "removes", False))
+
+
+def _expect_blocks_kept(steps: Sequence[Step]) -> None:
+    """Nothing may name blocks, or round what is still to be merged, once others are gone; drops do so at once."""
+    gone = [s for s in steps if _removes(s)]
+    others = [s for s in steps if s is not gone[0] and (s in gone or s.rewrite == "drop" or _late(s))] if gone else []
+    if others:
+        what = f"blocks go here, and {others[0].rewrite} would find others under their names"
+        raise UnsupportedError(what, where=gone[0].sites[0], hint="apply one plan after the other")
+
+
+def _late(step: Step) -> bool:
+    return getattr(REWRITES.method(step.rewrite), "stage", 0) > 0
 
 
 def together(one: Step, other: Step) -> Step | None:

@@ -2,16 +2,19 @@
 
 Of the GGUF types, Q4_0, Q5_0 and Q8_0 hold step · code, Q4_1 and Q5_1 low + step · code; step and low are float16.
 Rounding to nearest does what ggml's reference quantisers do, in float32 and in their order, and gives their bytes.
+`GRIDS` holds those of `kquants` too, whose blocks are longer.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
+
+from lamina.maths.kquants import KGRIDS, KGrid
 
 BLOCK = 32
 """Weights that share a step; a run along a map's inputs."""
@@ -144,6 +147,10 @@ class Grid:
         """The grid's nearest numbers, float32."""
         return self.codes(values, scales) * scales.step + scales.low
 
+    def nearest_at(self, values: Tensor, scales: Scales, place: int) -> Tensor:
+        """The nearest numbers to values [..., 1] at a place of their blocks, float32."""
+        return self.nearest(values, scales)
+
     def rounded(self, rows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Rows [..., inputs] rounded to nearest, float32; `dtype` is what is to hold them, see `scales`."""
         blocks = blocks_of(rows)
@@ -209,19 +216,15 @@ class Grid:
         top = (x - low).abs().amax(-1, keepdim=True)
         unit = torch.ldexp(torch.ones_like(top), torch.frexp(top).exponent - 24).clamp_min(LEAST**2)
         whole = (x - low) / unit
-        common = whole.round().long().unbind(-1)
-        divisor = common[0]
-        for other in common[1:]:
-            divisor = torch.gcd(divisor, other)
-        biggest = divisor.double().unsqueeze(-1) * unit
+        biggest = _divisors(whole, (top / unit / (self.most - self.least)).squeeze(-1)).unsqueeze(-1) * unit
         alive = (whole == whole.round()).all(-1, keepdim=True) & (top <= biggest * (self.most - self.least))
         step, there = torch.zeros_like(biggest), torch.zeros_like(alive)
         if every and not bool(alive.all()):
             return step, low, there
         lowest = low.clone()
         for share, place in self._guesses():
-            rest = (alive & ~there).squeeze(-1)
-            if not bool(rest.any()):
+            rest = (alive & ~there & (top * abs(share) <= biggest * (self.most - self.least))).squeeze(-1)
+            if not bool(rest.any()):  # nor is there any for a smaller step
                 break
             size = biggest[rest] / share
             guess = Scales.of(size, low[rest] - place * size if self.offset else None)
@@ -238,7 +241,10 @@ class Grid:
         return [(sign * n, 0) for n in range(1, -self.least + 1) for sign in (1, -1)]
 
 
-def compensated(weight: Tensor, moment: Tensor, grid: Grid, dtype: torch.dtype, damping: float = 0.01) -> Tensor:
+AnyGrid = Grid | KGrid
+
+
+def compensated(weight: Tensor, moment: Tensor, grid: AnyGrid, dtype: torch.dtype, damping: float = 0.01) -> Tensor:
     """A weight [outputs, inputs] on the grid, rounded input by input; those to come make up for each error (GPTQ).
 
     `moment` Σ x xᵀ [inputs, inputs] of the inputs, raised by `damping` of its mean diagonal; its scale does not matter.
@@ -247,12 +253,13 @@ def compensated(weight: Tensor, moment: Tensor, grid: Grid, dtype: torch.dtype, 
     """
     upper = _inverse_factor(moment, damping)
     left, made = weight.double().clone(), torch.empty_like(weight, dtype=torch.float64)
-    for start in range(0, weight.shape[1], BLOCK):
-        stop = start + BLOCK
+    for start in range(0, weight.shape[1], grid.block):
+        stop = start + grid.block
         block, within = left[:, start:stop].clone(), upper[start:stop, start:stop]
-        scales, errors = grid.scales(block, dtype), torch.empty_like(block)
-        for j in range(BLOCK):
-            rounded = grid.nearest(block[:, j : j + 1], scales).double()
+        scales: Any = grid.scales(block, dtype)
+        errors = torch.empty_like(block)
+        for j in range(grid.block):
+            rounded = grid.nearest_at(block[:, j : j + 1], scales, j).double()
             made[:, start + j : start + j + 1] = rounded
             errors[:, j : j + 1] = (block[:, j : j + 1] - rounded) / within[j, j]
             block[:, j + 1 :] -= errors[:, j : j + 1] * within[j, j + 1 :]
@@ -284,20 +291,38 @@ def _unit(numbers: Tensor, keep: int) -> Tensor:
     return torch.ldexp(torch.ones_like(numbers), torch.frexp(numbers).exponent - keep).clamp_min(LEAST)
 
 
+def _divisors(whole: Tensor, least: Tensor) -> Tensor:
+    """Greatest common divisors, float64 [...], of whole numbers [..., n]; 0 where they are below `least` [...].
+
+    Few blocks of weights that lie on no grid have more than some numbers in common: the others are soon left out.
+    """
+    rows, floor = whole.round().long().flatten(0, -2), least.flatten()
+    found = torch.zeros_like(floor)
+    left = torch.arange(len(rows), device=rows.device)
+    divisor = rows[:, 0]
+    for place in range(1, rows.shape[-1]):
+        divisor = torch.gcd(divisor, rows[left, place])
+        if place % 4 == 0:
+            alive = (divisor == 0) | (divisor.double() >= floor[left] * (1 - 1e-9))
+            left, divisor = left[alive], divisor[alive]
+    found[left] = divisor.double()
+    return found.reshape(least.shape)
+
+
 def _inverse(step: Tensor) -> Tensor:
     """1 / step; 0 of a step that is 0, or too small to have an inverse."""
     found = 1 / step
     return torch.where(torch.isfinite(found), found, 0.0)
 
 
-GRIDS = {
-    grid.name: grid
-    for grid in (
-        Grid("Q4_0", 4),
-        Grid("Q4_1", 4, offset=True),
-        Grid("Q5_0", 5),
-        Grid("Q5_1", 5, offset=True),
-        Grid("Q8_0", 8),
-    )
+SIMPLE = (
+    Grid("Q4_0", 4),
+    Grid("Q4_1", 4, offset=True),
+    Grid("Q5_0", 5),
+    Grid("Q5_1", 5, offset=True),
+    Grid("Q8_0", 8),
+)
+GRIDS: dict[str, AnyGrid] = {
+    grid.name: grid for grid in sorted((*SIMPLE, *KGRIDS.values()), key=lambda grid: grid.bits_per_weight)
 }
 """GGUF's name → the grid, the fewest bits first."""

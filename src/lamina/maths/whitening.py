@@ -28,3 +28,18 @@ def whitened_energies(weight: Tensor, moment: Tensor) -> Tensor:
     weight = weight.double()
     small = torch.linalg.qr(weight, mode="r").R if weight.shape[0] > weight.shape[1] else weight
     return torch.linalg.eigvalsh(small @ moment.double() @ small.T).clamp_min(0.0)
+
+
+def leading(weight: Tensor, moment: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """A [rank, inputs] and B [outputs, rank], float64, of the least ‖(W - B A) S‖, S Sᵀ the moment [inputs, inputs].
+
+    The best such product is U Uᵀ W, U the first eigenvectors of W S Sᵀ Wᵀ, whose eigenvalues are the squared singular
+    values σ² of W S: no root of the moment is taken. A and B share the σ evenly.
+    """
+    weight = weight.double()
+    basis, small = torch.linalg.qr(weight) if weight.shape[0] > weight.shape[1] else (None, weight)
+    energies, vectors = torch.linalg.eigh(small @ moment.double() @ small.T)
+    energies, vectors = energies.flip(0)[:rank].clamp_min(0.0), vectors.flip(1)[:, :rank]
+    root = energies.clamp_min(torch.finfo(energies.dtype).eps * float(energies[0])).clamp_min(1e-300).pow(0.25)
+    first = (vectors.T @ small) / root.unsqueeze(1)
+    return first, (vectors if basis is None else basis @ vectors) * root

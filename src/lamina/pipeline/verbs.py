@@ -15,9 +15,9 @@ from lamina.core.errors import InputError
 from lamina.core.files import atomic, fingerprint, sweep
 from lamina.core.papers import Need, Status
 from lamina.core.sites import SUBLAYERS, Kind
+from lamina.lab.order import informed, merged
 from lamina.pipeline.checks import check, fitting, seeded
 from lamina.pipeline.choosing import choose, options_of, price
-from lamina.lab.order import informed, merged
 from lamina.pipeline.run import Run
 from lamina.pipeline.scoring import Desk, How
 from lamina.pipeline.table import PARTS, SURVEY, write_parts, write_survey

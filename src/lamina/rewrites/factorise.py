@@ -100,10 +100,13 @@ class Factorise:
             for site in step.sites
         }
 
+    def factored(self, weight: Tensor, rank: int, seen: tuple[Tensor, Tensor, int] | None) -> tuple[Tensor, Tensor]:
+        """A [rank, inputs] and B [outputs, rank], float64, of W; `seen` is what `scaling` is told of its inputs."""
+        return factors_of(weight, rank, None if seen is None else self.scaling(weight, *seen))
+
     def _factors(self, anatomy: Anatomy, site: str, rank: int, seen: InputMoments | None) -> tuple[Tensor, Tensor]:
-        weight = anatomy.weight(site).detach().double()
-        scale = self.scaling(weight, *seen.of(site)) if seen is not None and self.informed else None
-        return factors_of(weight, rank, scale)
+        told = seen.of(site) if seen is not None and self.informed else None
+        return self.factored(anatomy.weight(site).detach().double(), rank, told)
 
     def replay(self, receipt: Receipt, skeleton: nn.Module, anatomy: Anatomy | None = None) -> None:
         """Rebuild the structure on a model of the dense class, on any device, meta included."""

@@ -9,6 +9,9 @@ import copy
 import torch
 from torch import nn
 
+from .lamina_attention import attend
+from .lamina_layouts import Fixed, layout, resize
+
 
 class Factors(nn.Module):
     """A linear map of low rank: x ↦ B (A x) + b, A [rank, inputs] and B [outputs, rank]."""
@@ -46,8 +49,9 @@ class Corrected(nn.Module):
 
     @property
     def weight(self):
-        """The map as one matrix [outputs, inputs]."""
-        return self.base.weight + self.up.weight @ self.down.weight
+        """The map as one matrix [outputs, inputs]; W alone while it is being loaded, since a shared one comes last."""
+        own = self.up.weight @ self.down.weight
+        return self.base.weight + own if own.device == self.base.weight.device else self.base.weight
 
     @property
     def bias(self):
@@ -57,6 +61,33 @@ class Corrected(nn.Module):
     def forward(self, x):
         """Both maps."""
         return self.base(x) + self.up(self.down(x))
+
+
+class Scaled(nn.Module):
+    """A map that others have too, times a number of one's own: x ↦ gain · W x + b + B (A x), b and B A where told."""
+
+    def __init__(self, inputs, outputs, rank=0, bias=False):
+        super().__init__()
+        self.in_features, self.out_features = inputs, outputs
+        self.base = nn.Linear(inputs, outputs, bias=False)
+        self.gain = nn.Parameter(torch.ones(1))
+        self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
+        self.down = nn.Linear(inputs, rank, bias=False) if rank else None
+        self.up = nn.Linear(rank, outputs, bias=False) if rank else None
+
+    @property
+    def weight(self):
+        """The map as one matrix [outputs, inputs]; W alone while it is being loaded, since a shared one comes last."""
+        if self.gain.device != self.base.weight.device:
+            return self.base.weight
+        whole = self.gain * self.base.weight
+        return whole if self.up is None else whole + self.up.weight @ self.down.weight
+
+    def forward(self, x):
+        """All of it."""
+        y = self.gain * self.base(x)
+        y = y if self.up is None else y + self.up(self.down(x))
+        return y if self.bias is None else y + self.bias
 
 
 class Constant(nn.Module):
@@ -128,8 +159,10 @@ BUILDERS = {
     "linear": lambda s: nn.Linear(s["inputs"], s["outputs"], bias=s.get("bias", False)),
     "factors": lambda s: Factors(s["inputs"], s["outputs"], s["rank"], s.get("bias", False)),
     "corrected": lambda s: Corrected(s["inputs"], s["outputs"], s["rank"], s.get("bias", False)),
+    "scaled": lambda s: Scaled(s["inputs"], s["outputs"], s.get("rank", 0), s.get("bias", False)),
     "constant": lambda s: Constant(s["outputs"]),
     "root_mean": lambda s: RootMean(s["width"], s["eps"], s.get("bias", False)),
+    "fixed": lambda s: Fixed(s["width"], s.get("centred", False), s.get("bias", False)),
 }
 
 
@@ -149,13 +182,36 @@ def swap(model, step):
         model.set_submodule(path, build(spec, model.get_submodule(path)))
 
 
+def _resize(module, tensor):
+    """Tell a map, an embedding or a norm that has a narrower weight its size."""
+    if getattr(module, "weight", None) is not tensor:
+        return
+    if hasattr(module, "normalized_shape"):
+        module.normalized_shape = tuple(tensor.shape)
+    if tensor.ndim == 2:
+        outputs, inputs = tensor.shape if isinstance(module, (nn.Linear, nn.Embedding)) else tensor.shape[::-1]
+        sizes = {"out_features": outputs, "nf": outputs, "in_features": inputs, "nx": inputs}
+        sizes |= {"num_embeddings": outputs, "embedding_dim": inputs} if isinstance(module, nn.Embedding) else {}
+        for name, number in sizes.items():
+            if hasattr(module, name):
+                setattr(module, name, number)
+
+
 def narrow(model, step):
     """Keep a part of some tensors, and tell the modules and their configs the new numbers.
 
-    `cuts`: name → [dimension, runs of what stays] (a run is [start, stop]); `numbers`: path → attribute → number;
-    `configs`: path → field → number, in a copy of the config that is the module's own; `config`: field of the model's
-    config → [before, after], where all blocks are alike.
+    `cuts`: name → [dimension, runs of what stays] (a run is [start, stop]); `tied`: name → other names of the same;
+    `numbers`: path → attribute → number; `configs`: path → field → number, in a copy of the config that is the module's
+    own; `config`: field of the model's config → [before, after], where all blocks are alike. `untied`: names that get
+    a parameter of their own first.
     """
+    for name in step.get("untied", ()):
+        path, _, last = name.rpartition(".")
+        held = getattr(model.get_submodule(path), last)
+        setattr(model.get_submodule(path), last, nn.Parameter(held.detach().clone(), held.requires_grad))
+        for table in ("_tied_weights_keys", "all_tied_weights_keys"):  # by which transformers ties again
+            if name in (getattr(model, table, None) or {}):
+                setattr(model, table, {k: v for k, v in getattr(model, table).items() if k != name})
     for name, cuts in step["cuts"].items():
         path, _, last = name.rpartition(".")
         module = model.get_submodule(path)
@@ -165,13 +221,11 @@ def narrow(model, step):
             rows = torch.cat([torch.arange(a, b, device=tensor.device) for a, b in runs])
             tensor = tensor.index_select(dim, rows)
         tensor = tensor.contiguous()
-        setattr(module, last, nn.Parameter(tensor, held.requires_grad) if isinstance(held, nn.Parameter) else tensor)
-        if last == "weight" and tensor.ndim == 2:
-            outputs, inputs = tensor.shape if isinstance(module, nn.Linear) else tensor.shape[::-1]
-            for names, number in ((("out_features", "nf"), outputs), (("in_features", "nx"), inputs)):
-                for attribute in names:
-                    if hasattr(module, attribute):
-                        setattr(module, attribute, number)
+        made = nn.Parameter(tensor, held.requires_grad) if isinstance(held, nn.Parameter) else tensor
+        for other in (name, *step.get("tied", {}).get(name, ())):
+            path, _, last = other.rpartition(".")
+            setattr(model.get_submodule(path), last, made)
+            _resize(model.get_submodule(path), made)
     for path, numbers in step.get("numbers", {}).items():
         for name, number in numbers.items():
             setattr(model.get_submodule(path), name, number)
@@ -192,20 +246,24 @@ def share(model, step):
         for name in others:
             path, _, last = name.rpartition(".")
             setattr(model.get_submodule(path), last, parameter)
-    for name in ("_tied_weights_keys", "all_tied_weights_keys"):  # by which transformers saves each once
-        if hasattr(model, name):
-            setattr(model, name, {**(getattr(model, name) or {}), **tied([step])})
+    told(model, shared=True)
 
 
-def tied(steps):
-    """Name → the name of the parameter that it is, over all steps."""
-    return {
-        other: source
-        for step in steps
-        if step["kind"] == "share"
-        for source, *others in step["groups"]
-        for other in others
-    }
+def told(model, shared=False):
+    """Tell transformers, by the names of this moment, which parameters are one: it saves each once, and loads it tied.
+
+    Nothing is told of a model that shares none of its own; what its class ties stays as the class says it.
+    """
+    own = getattr(type(model), "_tied_weights_keys", None) or {}
+    earlier = (model.__dict__.get("_tied_weights_keys") or {}).keys() - own.keys()
+    if not hasattr(model, "all_tied_weights_keys") or not (shared or earlier):
+        return
+    others = {k: v for k, v in model.all_tied_weights_keys.items() if k not in earlier}
+    first, same = {}, {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name not in others and first.setdefault(id(parameter), name) != name:
+            same[name] = first[id(parameter)]
+    model._tied_weights_keys, model.all_tied_weights_keys = {**own, **same}, {**others, **same}
 
 
-KINDS = {"swap": swap, "narrow": narrow, "share": share}
+KINDS = {"swap": swap, "narrow": narrow, "share": share, "attend": attend, "layout": layout, "resize": resize}

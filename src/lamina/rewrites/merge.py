@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -30,6 +31,7 @@ class Merge:
     """
 
     card: ClassVar[Card]
+    removes: ClassVar[bool] = True
 
     weights: tuple[float, ...] = ()
 
@@ -53,6 +55,8 @@ class Merge:
         if places != list(range(places[0], places[0] + len(step.sites))):
             return [Problem(step.sites[0], "the blocks are no run of neighbours, in order", "name block.3, block.4, …")]
         shapes = [_shapes(anatomy, s) for s in step.sites]
+        if held := tied(anatomy, step.sites):
+            return [Problem(held[0], "it shares its weights with another block", "merge other blocks")]
         odd = [s for s, found in zip(step.sites, shapes, strict=True) if found != shapes[0]]
         if odd or not shapes[0]:
             return [Problem((odd or step.sites)[0], f"its maps are not those of {step.sites[0]}", "merge other blocks")]
@@ -102,6 +106,13 @@ class Merge:
 def _rest(step: Step) -> Step:
     """The drop of all blocks but the first."""
     return Step(rewrite="drop", sites=step.sites[1:])
+
+
+def tied(anatomy: Anatomy, blocks: Iterable[str]) -> list[str]:
+    """Those of the blocks that share a parameter with another: what is written into one would change the other."""
+    uses = Counter(id(p) for _, p in anatomy.model.named_parameters(remove_duplicate=False))
+    modules = {b: anatomy.model.get_submodule(anatomy.site(b).path) for b in blocks}
+    return [b for b, m in modules.items() if any(uses[id(p)] > 1 for p in m.parameters())]
 
 
 def _shapes(anatomy: Anatomy, block: str) -> dict[str, tuple[int, ...]]:

@@ -1,8 +1,10 @@
-"""Narrow: units leave a sublayer (heads, KV groups, neurons), and what stays may learn what they added."""
+"""Narrow: units go (heads, KV groups, neurons, experts, channels), and what stays may learn what they added."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -21,14 +23,17 @@ if TYPE_CHECKING:
     from lamina.lab import Lab
     from lamina.lab.moments import InputMoments
 
-KINDS = (Kind.HEAD, Kind.KV_GROUP, Kind.NEURON)
+KINDS = (Kind.HEAD, Kind.KV_GROUP, Kind.NEURON, Kind.EXPERT, Kind.CHANNEL)
+INPUTS = (Kind.HEAD, Kind.KV_GROUP, Kind.NEURON)
+"""The kinds whose units are inputs of their sublayer's last map."""
 
 
 @rewrite("narrow", on=KINDS, needs=Need.FORWARD, status="stable")
 @dataclass(frozen=True, kw_only=True)
 class Narrow:
-    """Cut the units `options["gone"]` (site → numbers of its units) out of their sublayers, shapes and all.
+    """Cut the units `options["gone"]` (site → numbers of its units) out of the model, shapes and all.
 
+    Experts leave with their rows of the router; channels leave the whole stream, embeddings and norms too.
     With `refit` r > 0 the columns that stay of the last map W take over what those that go added, by ridge regression
     on the lab's text: W_k += W_g C_gk (C_kk + r · mean(diag C_kk))⁻¹, C = Σ z zᵀ of the map's inputs z: one forward.
     """
@@ -52,40 +57,45 @@ class Narrow:
             try:
                 site = anatomy.site(name)
             except LaminaError:
-                problems.append(Problem(name, "the model has no such units"))
+                problems.append(Problem(name, f"the model has no such units{_why_not(anatomy, name)}"))
                 continue
             problems += _problems(anatomy, site, given.get(name, ()))
-        return problems
+            if self.refit and site.kind not in INPUTS:
+                problems.append(Problem(name, f"no last map can make up for {site.kind.value}s", "refit: 0"))
+        both = {s.rpartition(".")[0] for s in step.sites if s.endswith(f".{Kind.HEAD.value}")}
+        both &= {s.rpartition(".")[0] for s in step.sites if s.endswith(f".{Kind.KV_GROUP.value}")}
+        return problems + [Problem(s, "heads and KV groups of it go at once", "name one of both") for s in sorted(both)]
 
     def forecast(self, step: Step, anatomy: Anatomy) -> Cost:
         """What the whole model will take; equals the receipt's `after`."""
-        total = anatomy.total()
-        for name in step.sites:
-            site = anatomy.site(name)
-            total -= _freed(anatomy, site, len(gone_of(step, name)))
-        return total
+        from lamina.rewrites._narrow_costs import narrowed_cost
+
+        return narrowed_cost(anatomy, {s: gone_of(step, s) for s in step.sites})
 
     def apply(self, step: Step, lab: Lab) -> Receipt:
         """Cut the units from `lab.model`. Raises UnsupportedError for the first problem, before anything is changed."""
+        from lamina.rewrites._narrow_config import said_by_config, told, undone_on_error, widths_of
+        from lamina.rewrites.structure import replay
+
         for problem in self.check(step, lab.anatomy):
             raise problem.error()
         anatomy = lab.anatomy
         before, after = anatomy.total(), self.forecast(step, anatomy)
         sites = [anatomy.site(s) for s in step.sites]
         steps = [{"format": 1, "kind": "narrow", **anatomy.without_units(s, gone_of(step, s.id))} for s in sites]
-        widths = {s.width: s.width - len(gone_of(step, s.id)) for s in sites}
-        if len(sites) > 1 and (said := _said_by_config(anatomy, widths, steps)):
-            steps.append(said)
+        widths = widths_of(anatomy, sites, {s.id: gone_of(step, s.id) for s in sites})
+        said = said_by_config(anatomy, widths, steps)
         changes = self._refitted(step, lab, sites)
-        receipt = Receipt(
+        with _one_line(step), undone_on_error(lab.model, changes):
+            for path, weight in changes.items():
+                write(lab.model.get_submodule(path), weight)
+            replay(lab.model, steps)
+            steps += [said] if said and told(anatomy, said) else []
+            lab.renew()
+        return Receipt(
             rewrite=self.card.name, sites=step.sites, before=before, after=after, options=step.options,
             structure={"steps": steps},
         )  # fmt: skip
-        for path, weight in changes.items():
-            write(lab.model.get_submodule(path), weight)
-        self.replay(receipt, lab.model)
-        lab.renew()
-        return receipt
 
     def _refitted(self, step: Step, lab: Lab, sites: Sequence[Site]) -> dict[str, Tensor]:
         """Path → weights [outputs, inputs] of the last maps, before the cut."""
@@ -125,13 +135,26 @@ class Narrow:
 
     @staticmethod
     def examples(anatomy: Anatomy) -> tuple[Step, ...]:
-        """Steps that the conformance suite tries: some neurons of two MLPs, a KV group of one attention."""
-        steps = []
-        for kind, count in ((Kind.NEURON, 3), (Kind.KV_GROUP, 1)):
+        """Steps that the conformance suite tries: neurons of two MLPs, a KV group, experts, channels and neurons."""
+        found = []
+        for kind, count in ((Kind.NEURON, 3), (Kind.KV_GROUP, 1), (Kind.EXPERT, 2)):
             sites = [s for s in anatomy.of_kind(kind) if s.width > count and _cuttable(anatomy, s)][1:3]
-            gone = {s.id: list(range(n, n + count)) for n, s in enumerate(sites)}
-            steps += [Step(rewrite="narrow", sites=tuple(gone), options={"gone": gone})] if gone else []
-        return tuple(steps)
+            found.append({s.id: list(range(n, n + count)) for n, s in enumerate(sites)})
+        channels = [c for k in anatomy.stacks if (c := anatomy.channels(k)) and _cuttable(anatomy, c)]
+        some = [s for s in anatomy.of_kind(Kind.NEURON) if _cuttable(anatomy, s)][:1]
+        found += [{**{c.id: list(range(3, 11)) for c in channels}, **{s.id: [1, 2] for s in some}}] if channels else []
+        return tuple(Step(rewrite="narrow", sites=tuple(g), options={"gone": g}) for g in found if g)
+
+
+@contextmanager
+def _one_line(step: Step) -> Iterator[None]:
+    """Inside, what a model says that can't run on its narrower shapes becomes one line."""
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        what = f"the model does not run without them: {line[:160]}"
+        raise UnsupportedError(what, where=step.sites[0], hint="keep multiples of 8 or more") from error
 
 
 def tails_of(anatomy: Anatomy, sites: Sequence[Site]) -> dict[str, str]:
@@ -159,35 +182,40 @@ def _cuttable(anatomy: Anatomy, site: Site) -> bool:
     return True
 
 
+def _why_not(anatomy: Anatomy, name: str) -> str:
+    """The reason that the anatomy gives for units that it did not find, as the rest of a line."""
+    home, _, kind = name.rpartition(".")
+    stack = next((k for k in anatomy.stacks if k.name == home), None)
+    if kind == Kind.CHANNEL.value and stack is not None:
+        reason = anatomy.refused_channels(stack)
+    else:
+        reason = anatomy.refused_units(home).get(name, "") if home in {s.id for s in anatomy.sublayers} else ""
+    return f": {reason}" if reason else ""
+
+
 def _problems(anatomy: Anatomy, site: Site, gone: Sequence[int]) -> list[Problem]:
-    """Of one site: units that it does not have, all of them, and heads that leave KV heads with unequal shares."""
+    """Of one site: units that it does not have, all of them, and those that leave others without what they need."""
     if site.kind not in KINDS:
-        return [Problem(site.id, "narrow cuts heads, KV groups and neurons", "name a site of units")]
+        return [Problem(site.id, "narrow cuts heads, KV groups, neurons, experts and channels", "name a site of units")]
     units = sorted(set(gone))
     if not units:
         return [Problem(site.id, "no unit of it goes", "options: {gone: {site: [numbers]}}")]
     if units[0] < 0 or units[-1] >= site.width:
         return [Problem(site.id, f"it has units 0 to {site.width - 1}, not {units[-1] if units[0] >= 0 else units[0]}")]
-    if len(units) == site.width:
+    left = site.width - len(units)
+    if not left:
         return [Problem(site.id, "none of its units would be left", "drop the sublayer")]
+    if site.kind is Kind.CHANNEL:
+        several = len(anatomy.stacks) > 1
+        return [Problem(site.id, "the channels of one stack among several can't be cut")] if several else []
+    if site.kind is Kind.EXPERT and left < anatomy.active(site):
+        return [Problem(site.id, f"a token goes to {anatomy.active(site)} experts, {left} would be left", "keep more")]
     group, _ = anatomy.grouped(site)
-    shares = {sum(u // group == g for u in units) for g in range(site.width // group)}
+    counts = Counter(u // group for u in units)
+    shares = {counts[g] for g in range(site.width // group)}
     if group > 1 and len(shares) > 1:
         return [Problem(site.id, "its KV heads would serve unequal numbers of heads", "cut as many of each KV group")]
     return []
-
-
-def _freed(anatomy: Anatomy, site: Site, count: int) -> Cost:
-    """What cutting so many units frees; products of attention weights go in proportion."""
-    each = anatomy.unit_cost(site)
-    home = anatomy.branch(site.id.rpartition(".")[0]).site
-    cost = anatomy.cost(home)
-    if site.kind is Kind.NEURON:
-        return Cost(each.parameters * count, each.bytes * count, each.macs * count)
-    maps = sum(anatomy.linear_cost(s).macs for s in anatomy.linears(home))
-    products = (cost.macs - maps) * count // site.width
-    kv = cost.kv_bytes * count // site.width if site.kind is Kind.KV_GROUP or anatomy.grouped(site)[0] == 1 else 0
-    return Cost(each.parameters * count, each.bytes * count, each.macs * count + products, kv)
 
 
 def taken_over(weight: Tensor, moment: Tensor, gone: Sequence[int], ridge: float) -> Tensor:
@@ -217,57 +245,3 @@ def write(module: Any, weight: Tensor) -> None:
 
     with torch.no_grad():
         module.weight.copy_(weight if isinstance(module, torch.nn.Linear) else weight.T)
-
-
-def _said_by_config(anatomy: Anatomy, widths: Mapping[int, int], steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The step that lets the model's config tell the widths, where its class then builds all these shapes; or nothing.
-
-    `widths`: numbers of units before → after. Modules get the numbers that the class would give them.
-    """
-    from lamina.anatomy.config import config_of
-    from lamina.anatomy.counting import twin
-    from lamina.rewrites.structure import replay
-
-    config, cut = config_of(anatomy.model), twin(anatomy.model)
-    if len(widths) != 1 or cut is None or config is None or config is not getattr(anatomy.model, "config", None):
-        return {}
-    replay(cut, steps)
-    ((before, after),) = widths.items()
-    for name, value in config.to_dict().items():
-        if type(value) is int and value == before:
-            built = _built(anatomy.model, config, name, after)
-            if built is not None and (numbers := _numbers_of(built, cut)) is not None:
-                return {
-                    "format": 1,
-                    "kind": "narrow",
-                    "cuts": {},
-                    "numbers": numbers,
-                    "config": {name: (before, after)},
-                }
-    return {}
-
-
-def _built(model: nn.Module, config: Any, name: str, value: int) -> nn.Module | None:
-    """What the class builds with another number in one field of the config."""
-    import copy
-
-    from lamina.anatomy.counting import twin
-
-    tried = copy.deepcopy(config)
-    setattr(tried, name, value)
-    return twin(model, tried)
-
-
-def _numbers_of(built: nn.Module, cut: nn.Module) -> dict[str, dict[str, int]] | None:
-    """The whole numbers that modules of one have and those of the other lack; None where shapes differ."""
-    from lamina.anatomy.counting import shapes
-
-    if shapes(built) != shapes(cut):
-        return None
-    found: dict[str, dict[str, int]] = {}
-    others = dict(cut.named_modules())
-    for path, module in built.named_modules():
-        mine = {k: v for k, v in vars(module).items() if type(v) is int}
-        odd = {k: v for k, v in mine.items() if vars(others[path]).get(k) != v}
-        found |= {path: odd} if odd else {}
-    return found

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lamina.anatomy import Anatomy
     from lamina.lab import Lab
     from lamina.lab.moments import InputMoments
-    from lamina.maths.grids import Grid
+    from lamina.maths.grids import AnyGrid
 
 
 @rewrite(
@@ -34,8 +34,9 @@ if TYPE_CHECKING:
 )
 @dataclass(frozen=True, kw_only=True)
 class Quantise:
-    """Weights rounded to the numbers that `options["type"]` holds: Q4_0, Q4_1, Q5_0, Q5_1 or Q8_0; to nearest here.
+    """Weights rounded to the numbers that `options["type"]` holds: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K … Q6_K.
 
+    To nearest here, for types _K behind a search for scales; these take maps of whole blocks of 256 inputs, in float32.
     `type` is one name, or one for each site. In memory the weights stay floating point, of their own dtype, on the grid
     to the last digit; GGUF files hold them in their types, so that the engine runs the same numbers. Costs are those of
     the file. A method with another rounding says so by `rounded`; where it asks for the maps' inputs, one forward over
@@ -52,7 +53,7 @@ class Quantise:
         "check_forecast_is_the_fact": "weights in memory are rounded, not packed: bytes are those of the engine's file"
     }
 
-    def rounded(self, weight: Tensor, grid: Grid, dtype: torch.dtype, moment: Tensor | None, tokens: int) -> Tensor:
+    def rounded(self, weight: Tensor, grid: AnyGrid, dtype: torch.dtype, moment: Tensor | None, tokens: int) -> Tensor:
         """Numbers of the grid that a tensor of type `dtype` holds, for a weight [outputs, inputs] in float64.
 
         `moment` Σ x xᵀ [inputs, inputs] is a sum over `tokens` inputs; None for a method that is not `informed`.
@@ -141,7 +142,7 @@ def examples(name: str, anatomy: Anatomy) -> tuple[Step, ...]:
     )
 
 
-def grid_of(step: Step, site: str) -> Grid:
+def grid_of(step: Step, site: str) -> AnyGrid:
     """The grid that a step asks for at a site."""
     from lamina.maths.grids import GRIDS
 
@@ -151,6 +152,7 @@ def grid_of(step: Step, site: str) -> Grid:
 def _type_problems(step: Step, anatomy: Anatomy) -> Iterator[Problem]:
     """Types that are none, and sites that theirs does not fit."""
     from lamina.maths.grids import GRIDS
+    from lamina.maths.kquants import INSTEAD
 
     for site in step.sites:
         name, dtype = str(number_for(step, "type", site)), anatomy.weight(site).dtype
@@ -158,10 +160,11 @@ def _type_problems(step: Step, anatomy: Anatomy) -> Iterator[Problem]:
             yield Problem(site, f"no type is named {name!r}", did_you_mean(name, GRIDS))
         elif shape_of(anatomy, site)[1] % GRIDS[name].block:
             what = f"its {shape_of(anatomy, site)[1]} inputs are no multiple of {GRIDS[name].block}"
-            yield Problem(site, what, "leave it as it is")
+            other = INSTEAD.get(name)
+            yield Problem(site, what, f"llama.cpp takes {other} for it" if other else "leave it as it is")
         elif not GRIDS[name].fits(dtype):
             what = f"weights in {str(dtype).removeprefix('torch.')} can't hold the numbers of {name}"
-            yield Problem(site, what, "load the model in float32, or take a type without lowest values: Q4_0")
+            yield Problem(site, what, "load the model in float32, or take a type of one step a block: Q4_0")
 
 
 def _parameter(anatomy: Anatomy, site: str) -> Any:

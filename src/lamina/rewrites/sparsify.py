@@ -6,7 +6,7 @@ import dataclasses
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -168,6 +168,16 @@ class Sparsify(ABC):
 
     def replay(self, receipt: Receipt, skeleton: nn.Module, anatomy: Anatomy | None = None) -> None:  # noqa: B027
         """Nothing to rebuild: the structure is the same, the numbers come with the weights."""
+
+    @staticmethod
+    def remarks(receipt: Receipt) -> Iterator[str]:
+        """What the costs do not tell."""
+        zeros = receipt.options.get("zeros", {})
+        share = sum(zeros.values()) / len(zeros) if zeros else 0.0
+        yield (
+            f"{receipt.rewrite}: in {len(receipt.sites)} maps {share:.0%} of the weights are zero on average, and are "
+            "stored and multiplied like others: masks are not a speed-up"
+        )
 
 
 @rewrite("magnitude", on=Kind.LINEAR, status="stable")

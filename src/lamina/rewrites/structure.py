@@ -17,10 +17,13 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from .lamina_parts import KINDS, Mapped, Passing, build, tied
+from .lamina_parts import KINDS, Mapped, Passing, build, told
 
 FORMAT = 1
-FILES = {"modeling_lamina.py": "structure.py", "lamina_parts.py": "lamina_parts.py"}
+FILES = {
+    "modeling_lamina.py": "structure.py",
+    **{f"lamina_{name}.py": f"lamina_{name}.py" for name in ("parts", "attention", "layouts")},
+}
 """What travels with the weights → its name in lamina."""
 PREFERRED = (
     "AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForImageTextToText", "AutoModelForMaskedLM", "AutoModel",
@@ -140,6 +143,7 @@ def replay(model, steps):
                 f"this file can't replay {step.get('kind')!r}, format {step.get('format')}: a newer one is needed"
             )
         ({"drop": _drop} | KINDS)[step["kind"]](model, step)
+    told(model)
     return model
 
 
@@ -333,8 +337,6 @@ def _thin_model(config, entry):
 
     auto = next((name for name in config.auto_map if name.startswith("AutoModel")), "AutoModel")
     names = {"__init__": __init__, "__module__": entry.__module__, "config_class": type(config)}
-    if same := tied(data["structure"]):
-        names["_tied_weights_keys"] = {**(base._tied_weights_keys or {}), **same}
     if hasattr(base, "is_custom_code"):  # numbers that are not stored are made as the dense class makes them
         names["is_custom_code"] = classmethod(lambda _: base.is_custom_code())
     thin = type(f"Lamina{base.__name__}", (base,), names)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lamina.anatomy import Anatomy
-    from lamina.maths.grids import Grid
+    from lamina.maths.grids import AnyGrid
 
 PAPER = Paper(
     key="frantar2023gptq",
@@ -35,7 +35,7 @@ PAPER = Paper(
     status="stable",
     deviations=(
         "inputs are those of the network as it was: the paper shows each block what the rounded ones before it give",
-        "grids are GGUF's, 32 inputs to a step: the paper takes one per row, or groups with whole zero points",
+        "grids are GGUF's, 16 or 32 inputs to a step: the paper takes one per row, or groups with whole zero points",
         "inputs go in their own order: sorted by the moment's diagonal, as the code can, blocks would not be runs",
         "inputs that are never used keep their weights, rounded to nearest: the code sets them to zero",
     ),
@@ -56,7 +56,7 @@ class Gptq(Quantise):
         if not 0 < self.damping <= 1:
             raise ValueError(f"damping must lie in (0, 1], not {self.damping}")
 
-    def rounded(self, weight: Tensor, grid: Grid, dtype: torch.dtype, moment: Tensor | None, tokens: int) -> Tensor:
+    def rounded(self, weight: Tensor, grid: AnyGrid, dtype: torch.dtype, moment: Tensor | None, tokens: int) -> Tensor:
         """Input by input, by the inverse moment's Cholesky factor."""
         from lamina.maths.grids import compensated
 

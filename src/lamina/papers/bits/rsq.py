@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lamina.lab import Lab
     from lamina.lab.moments import InputMoments
     from lamina.lab.taps import Taps
-    from lamina.maths.grids import Grid
+    from lamina.maths.grids import AnyGrid
 
 PAPER = Paper(
     key="sung2025rsq",
@@ -73,7 +73,7 @@ class Rsq(Quantise):
         lab.stream([tally], "inputs", score=False)
         return tally.moments
 
-    def rounded(self, weight: Tensor, grid: Grid, dtype: torch.dtype, moment: Tensor | None, tokens: int) -> Tensor:
+    def rounded(self, weight: Tensor, grid: AnyGrid, dtype: torch.dtype, moment: Tensor | None, tokens: int) -> Tensor:
         """Input by input, by the inverse moment's Cholesky factor."""
         from lamina.maths.grids import compensated
 

@@ -67,7 +67,11 @@ class SliderQuant(Quantise):
 
     def check(self, step: Step, anatomy: Anatomy) -> list[Problem]:
         """What stands in the way; needs no weights."""
+        from lamina.maths.grids import Grid
+
         problems = super().check(step, anatomy)
+        long = [s for s in step.sites if not problems and not isinstance(grid_of(step, s), Grid)]
+        problems += [Problem(s, "no clip is learnt for the runs of a type _K", "use gptq, or Q4_1") for s in long]
         for stack in anatomy.stacks if not problems else ():
             sites = [s for s in step.sites if any(_inside(anatomy, s, b) for b in stack.blocks)]
             if sites and (not stack.linked or stack.looped):
@@ -82,12 +86,14 @@ class SliderQuant(Quantise):
         """Learn each stack's maps, then round them."""
         import torch
 
+        from lamina.maths.grids import Grid
         from lamina.rewrites._windows import Learnt, Windows, learn
 
         anatomy, generator = lab.anatomy, torch.Generator().manual_seed(lab.seed)
+        grids = {s: grid for s in sites if isinstance(grid := grid_of(step, s), Grid)}
         maps = {
-            s: Learnt(lab.model.get_submodule(anatomy.site(s).path), grid_of(step, s), self.rank, generator)
-            for s in sites
+            s: Learnt(lab.model.get_submodule(anatomy.site(s).path), grid, self.rank, generator)
+            for s, grid in grids.items()
         }
         for place, stack in enumerate(anatomy.stacks):
             inside = [

@@ -23,8 +23,6 @@ PAPER = Paper(
     year=2025,
     arxiv="2403.07378",
 )
-FLOOR = 1e-9
-"""Eigenvalues of the moment are held above this share of the largest."""
 
 
 @rewrite(
@@ -34,7 +32,7 @@ FLOOR = 1e-9
     needs=Need.FORWARD,
     status="stable",
     deviations=(
-        "S is the moment's symmetric root and not a Cholesky factor: the same product B A, and no jitter",
+        "B spans the first eigenvectors U of W S Sᵀ Wᵀ, A is Uᵀ W: the same product, without a Cholesky factor",
         "maps behind are not fitted anew to the inputs that the cut ones give them",
     ),
 )
@@ -45,13 +43,11 @@ class SvdLlm(Factorise):
     card: ClassVar[Card]
     informed: ClassVar[bool] = True
 
-    def scaling(self, weight: Tensor, moment: Tensor, size: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-        """The root of the moment and its inverse."""
-        import torch
+    def factored(self, weight: Tensor, rank: int, seen: tuple[Tensor, Tensor, int] | None) -> tuple[Tensor, Tensor]:
+        """A and B from the eigenvectors of W X Xᵀ Wᵀ."""
+        from lamina.maths.whitening import leading
 
-        values, vectors = torch.linalg.eigh(moment)
-        roots = values.clamp_min(FLOOR * values[-1].clamp_min(1e-300)).sqrt()
-        return (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T
+        return super().factored(weight, rank, None) if seen is None else leading(weight, seen[0], rank)
 
     @staticmethod
     def examples(anatomy: Anatomy) -> tuple[Step, ...]:

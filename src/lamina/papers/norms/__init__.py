@@ -1,0 +1,1 @@
+"""Norms that lose their mean, or their divisor."""

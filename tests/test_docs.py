@@ -129,14 +129,23 @@ def test_rewrites_page(quick: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = ROOT / "docs" / "rewrites.md"
     assert run_python(page) == 1
     assert "narrow 43488 -> 43200" in capsys.readouterr().out
+    assert named_in(page) == set(registry.REWRITES)
+
+
+def test_plans_page(quick: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = ROOT / "docs" / "plans.md"
     run_commands(page)
     assert (quick / "mixed" / "report.html").is_file()
-    told = {
-        name
-        for row in re.findall(r"^\| (`.*?) \|", page.read_text(encoding="utf-8"), re.MULTILINE)
-        for name in row.split("`")[1::2]
-    }
-    assert told <= set(registry.REWRITES)
+    assert (quick / "mixed" / "frontier.svg").is_file()
+    assert "why each step" in capsys.readouterr().out
+    told = {name for name in named_in(page) if not name.startswith("--")}
+    assert told <= set(registry.rows())
+
+
+def named_in(page: Path) -> set[str]:
+    """The names in code in the first cells of a page's tables."""
+    rows = re.findall(r"^\| (`.*?) \|", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {name for row in rows for name in row.split("`")[1::2]}
 
 
 @pytest.mark.slow

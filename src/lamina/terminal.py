@@ -189,10 +189,22 @@ def print_plan(run: Run) -> None:
     table = _grid("", "step", "sites", "why")
     for step in plan.steps:
         why = ", ".join(f"{k} {number(v)}" for k, v in step.why.items())
-        table.add_row(step.rewrite, " ".join(step.sites), why)
+        table.add_row(step.rewrite, _short(step.sites), why)
     console.print(table)
     console.print("expects " + ", ".join(f"{k} {number(v)}" for k, v in plan.expects.items()))
     console.print(f"{run.path('plan.yaml')}: edit it if you like, then lamina apply {run.folder}")
+
+
+def _short(sites: Sequence[str]) -> str:
+    """Sites in a row; those inside one place behind its name: `block.0.mlp: up_proj down_proj`."""
+    inside: dict[str, list[str]] = {}
+    for site in sites:
+        place, _, name = site.rpartition(".")
+        inside.setdefault(place, []).append(name)
+    return "  ".join(
+        f"{place}: {' '.join(names)}" if place.count(".") > 1 else " ".join(f"{place}.{n}".lstrip(".") for n in names)
+        for place, names in inside.items()
+    )
 
 
 def print_frontier(run: Run, found: Frontier) -> None:

@@ -18,8 +18,8 @@ from lamina.core.sites import Cost
 from lamina.exporters.hf import save_checkpoint
 from lamina.lab import Lab
 from lamina.lab.moments import input_moments
-from lamina.papers.rank.eora import correction
 from lamina.lab.order import merged
+from lamina.papers.rank.eora import correction
 from lamina.rewrites.factorise import factors_of
 from lamina.testing.models import text, tiny
 

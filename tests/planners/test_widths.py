@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -123,3 +124,28 @@ def test_budgets_of_blocks_are_refused(name: str, budget: Budget) -> None:
     scores: Any = Scores(measure="none", values={})
     with pytest.raises(InputError, match="takes no budget of"):
         PLANNERS.make(name).plan(scores, budget, anatomy)
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize(
+    ("recipe", "name", "form"),
+    [
+        ("minitron", "llama", "plain checkpoint"),
+        ("slicegpt", "llama", "plain checkpoint"),
+        ("reap", "mixtral", "plain checkpoint"),
+        ("mc-smoe", "mixtral", "trust_remote_code"),
+        ("hesso", "llama", "checkpoint"),
+        ("struct-prune", "gpt2", "checkpoint"),
+    ],
+)
+def test_recipes_run_from_the_model_to_the_proof(
+    recipe: str, name: str, form: str, lamina: Any, bench: Path, tmp_path: Path
+) -> None:
+    from tiny_run import make_model, thin_command
+
+    make_model(bench / name, name)
+    out = tmp_path / "run"
+    code, said, error = lamina(*thin_command(bench, out, "--recipe", recipe, "--keep", "0.85", model=name))
+    assert code == 0, error
+    assert form in said
+    assert (out / "model" / "config.json").is_file()

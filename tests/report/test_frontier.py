@@ -32,7 +32,7 @@ def test_the_table_says_what_stays_what_it_costs_and_how() -> None:
 def test_the_picture_shows_every_plan_the_knee_and_the_one_at_hand() -> None:
     svg = ET.fromstring(str(frontier_picture(FOUND, (5e6, 0.1))))
     space = "{http://www.w3.org/2000/svg}"
-    dots = [c for c in svg.iter(f"{space}circle")]
+    dots = list(svg.iter(f"{space}circle"))
     assert len(dots) == 3
     across = [float(c.get("cx", "nan")) for c in dots]
     down = [float(c.get("cy", "nan")) for c in dots]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,6 +31,11 @@ class Channels:
     def ties(self) -> tuple[Tie, ...]:
         """All of them."""
         return (*self.reads, *self.writes, *self.scales)
+
+    def norms(self, stack: Stack) -> tuple[str, ...]:
+        """The paths of the modules in blocks whose weights scale the channels, in depth order."""
+        blocks = tuple(f"{b.path}." for b in stack.blocks)
+        return tuple(dict.fromkeys(t.param.rpartition(".")[0] for t in self.scales if t.param.startswith(blocks)))
 
 
 def _silent(block: Block, given: Given, channel: int) -> Given:
@@ -182,6 +187,22 @@ def _model(
 
 def _leaves(made: Any) -> Iterable[Any]:
     return made.values() if isinstance(made, Mapping) else [made]
+
+
+def kept_channels(block: Block, given: Given, width: int, gone: Sequence[int]) -> Given:
+    """The block's input on a stream without these channels."""
+    args, kwargs = list(given.args), dict(given.kwargs)
+    held: Any = args if isinstance(block.stream, int) else kwargs
+    stream = held[block.stream]
+    keep = torch.tensor([c for c in range(width) if c not in set(gone)], device=stream.device)
+    held[block.stream] = stream.index_select(-1, keep)
+    return Given(tuple(args), kwargs)
+
+
+def relative(found: Channels, block: Block) -> tuple[Tie, ...]:
+    """The ties of one block's own parameters, with names relative to it."""
+    start = f"{block.path}."
+    return tuple(replace(t, param=t.param.removeprefix(start)) for t in found.ties if t.param.startswith(start))
 
 
 def placed(found: Channels, block: Block) -> Channels:

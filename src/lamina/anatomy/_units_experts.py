@@ -7,8 +7,10 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -95,17 +97,17 @@ def _routes(rig: Rig, names: Sequence[str], count: int) -> Iterator[Tie]:
 
 def _scores(rig: Rig, tie: Tie, count: int) -> bool:
     """Whether a matrix makes a number per expert."""
-    with _Masked(rig.values[tie.param], count, 0) as masked:
+    with _Masked(rig.values[tie.param], count, [0]) as masked:
         rig.run()
     return masked.met
 
 
 class _Masked(TorchDispatchMode):
-    """Inside, what one matrix makes of tokens is NEVER for one expert."""
+    """Inside, what one matrix makes of tokens is NEVER for some experts."""
 
-    def __init__(self, matrix: Tensor, count: int, expert: int) -> None:
+    def __init__(self, matrix: Tensor, count: int, experts: Sequence[int]) -> None:
         super().__init__()
-        self.count, self.expert, self.met = count, expert, False
+        self.count, self.experts, self.met = count, list(experts), False
         self._kept = [matrix]
         self._held = {matrix.untyped_storage().data_ptr()}
 
@@ -119,7 +121,7 @@ class _Masked(TorchDispatchMode):
             self._kept.append(out)
             self._held.add(out.untyped_storage().data_ptr())
         elif out.ndim and out.shape[-1] == self.count and out.is_floating_point():
-            out[..., self.expert] = NEVER
+            out[..., self.experts] = NEVER
             self.met = True
         return out
 
@@ -134,11 +136,11 @@ def certify_experts(rig: Rig, units: Units) -> Units:
     worst, how, tested = 0.0, "cut", []
     count = units.width
     for expert in range(count) if count <= FEW else sorted({0, 1, count // 2, count - 2, count - 1}):
-        due = _masked(rig, units, expert, filled(rig, [], [expert]))
+        due = avoided(rig, units, [expert])
         effect = float((due - clean).norm())
         if not effect > 0:
             continue
-        error = float((_masked(rig, units, expert, _noisy(rig, units, expert)) - due).norm()) / effect
+        error = float((avoided(rig, units, [expert], _noisy(rig, units, expert)) - due).norm()) / effect
         if not error <= TOLERANCE[rig.dtype]:
             raise NoUnits(f"expert {expert} is off by {error:.0e} of what it adds when its own numbers change")
         if _same(rig, units, expert, clean, effect):
@@ -150,7 +152,24 @@ def certify_experts(rig: Rig, units: Units) -> Units:
         tested.append(expert)
     if not tested:
         raise NoUnits("no token of the sample went to an expert that was tried")
-    return replace(units, how=how, error=worst, tested=tuple(tested))
+    return replace(units, how=how, error=worst, tested=tuple(tested), active=_active(rig, units))
+
+
+def _active(rig: Rig, units: Units) -> int:
+    """How many experts the first token goes to: those whose slices its output has a gradient in."""
+    leaves = {t.param: rig.values[t.param].clone().requires_grad_() for t in units.outputs}
+    with torch.enable_grad():
+        out = rig.run(leaves)
+        first = out.flatten(0, -2)[0]
+        weights = 1 + torch.arange(len(first), device=out.device).cos().to(first)
+        grads = torch.autograd.grad((first * weights).sum(), list(leaves.values()), allow_unused=True)
+    met: set[int] = set()
+    for tie, grad in zip(units.outputs, grads, strict=True):
+        if grad is not None and grad.any():
+            others = [d for d in range(grad.ndim) if d != tie.dim]
+            rows = (grad != 0).sum(others).nonzero().flatten().tolist()
+            met |= {(r - tie.start) // tie.size for r in rows}
+    return len(met)
 
 
 def _noisy(rig: Rig, units: Units, expert: int) -> dict[str, Tensor]:
@@ -163,19 +182,21 @@ def _same(rig: Rig, units: Units, expert: int, clean: Tensor, effect: float) -> 
     return float((out - clean).norm()) <= TOLERANCE[rig.dtype] * effect
 
 
-def _masked(rig: Rig, units: Units, expert: int, changed: Mapping[str, Tensor]) -> Tensor:
-    """The output when no token goes to one expert."""
+def avoided(
+    rig: Rig, units: Units, experts: Sequence[int], changed: Mapping[str, Tensor] = MappingProxyType({})
+) -> Tensor:
+    """The output when no token goes to some experts."""
     made = dict(changed)
     routes = [t for t in units.ties if t not in units.outputs]
     for tie in routes:
         if value_of(rig, tie.param).ndim == 1:
             value = made.get(tie.param, value_of(rig, tie.param)).clone()
-            value[expert] = NEVER
+            value[list(experts)] = NEVER
             made[tie.param] = value
     matrices = [t for t in routes if value_of(rig, t.param).ndim == 2]
     for tie in matrices:
         made.setdefault(tie.param, value_of(rig, tie.param).clone())
-    with _all(_Masked(made[t.param], units.width, expert) for t in matrices):
+    with _all(_Masked(made[t.param], units.width, experts) for t in matrices):
         return rig.run(made)
 
 

@@ -23,7 +23,8 @@ class Units:
     """The units of one branch: `ties` name parameters of the block; `outputs` are those among them that silence.
 
     `tail` is the map whose input columns the units are ('' for experts). Heads come `group` to a KV head,
-    a KV group has `inner` heads. `how` they were certified: by cutting ("cut"), or by masking alone ("mask").
+    a KV group has `inner` heads, a token goes to `active` experts. `how` they were certified: by cutting ("cut"), or by
+    masking alone ("mask").
     """
 
     kind: Kind
@@ -33,6 +34,7 @@ class Units:
     tail: str = ""
     group: int = 1
     inner: int = 1
+    active: int = 0
     how: str = ""
     error: float = 0.0
     tested: tuple[int, ...] = field(default=())

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 
+from lamina.anatomy.parts import Stack
+from lamina.anatomy.stacks import call
 from lamina.anatomy.trace import first_tensor
 
 Axis = tuple[str, int]
@@ -209,3 +211,22 @@ def configs(module: nn.Module) -> list[Any]:
     """The configs that the modules hold."""
     found = {id(c): c for m in module.modules() for c in [vars(m).get("config")] if hasattr(c, "to_dict")}
     return list(found.values())
+
+
+def given_to(model: nn.Module, stacks: tuple[Stack, ...], sample: Mapping[str, Any]) -> dict[str, Given]:
+    """Block's path → what it gets when the model runs, the first time that it does."""
+    met: dict[str, Given] = {}
+    handles = []
+    for path in (b.path for k in stacks for b in k.blocks):
+
+        def note(module: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
+            met.setdefault(path, Given(args, kwargs))
+
+        handles.append(model.get_submodule(path).register_forward_pre_hook(note, with_kwargs=True))
+    try:
+        with torch.no_grad():
+            call(model, sample)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return met

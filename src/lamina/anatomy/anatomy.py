@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten
 
 from lamina.anatomy.branches import find_branches, find_stream, returns_of, tokens_of
 from lamina.anatomy.config import index_attributes, index_strides, owner_of
-from lamina.anatomy.costs import kv_bytes, ledger
+from lamina.anatomy.costs import Tied, kv_bytes, ledger, still_held, tied
 from lamina.anatomy.joins import StreamError
 from lamina.anatomy.linears import LinearSites
 from lamina.anatomy.parts import Block, Branch, Certificate, Ledger, Stack
@@ -84,6 +84,8 @@ class Anatomy(UnitSites, LinearSites):
             return self._by_id[site_id]
         inside = next((s for s in self.inner_sites(site_id.rpartition(".")[0]) if s.id == site_id), None)
         inside = self._linear_table().get(site_id) if inside is None and "." in site_id else inside
+        if inside is None and site_id.rpartition(".")[2] == Kind.CHANNEL:
+            inside = next((c for k in self.stacks if (c := self.channels(k)) and c.id == site_id), None)
         if inside is None:
             raise InputError("the model has no such site", where=site_id, hint=did_you_mean(site_id, self._by_id))
         return inside
@@ -95,7 +97,7 @@ class Anatomy(UnitSites, LinearSites):
     def of_kind(self, *kinds: Kind) -> tuple[Site, ...]:
         """The sites of these kinds, in depth order: of a sublayer, its units come behind it, then its linear maps.
 
-        Units and linear maps are found when they are first asked for.
+        Units and linear maps are found when they are first asked for. The channels of streams come last.
         """
         found = []
         for site in self.sites:
@@ -103,6 +105,8 @@ class Anatomy(UnitSites, LinearSites):
             if site.id in self._branches:
                 found += [u for k in kinds if k in UNITS for u in self.units(site, k)]
                 found += self.linears(site) if Kind.LINEAR in kinds else []
+        if Kind.CHANNEL in kinds:
+            found += [c for k in self.stacks if (c := self.channels(k)) is not None]
         return tuple(found)
 
     @property
@@ -154,7 +158,12 @@ class Anatomy(UnitSites, LinearSites):
 
     def freed(self, site_ids: Any) -> Cost:
         """What dropping these sites frees; blocks wholly covered count as blocks (shared norms go too)."""
-        return sum((self.cost(s) for s in self.collapse(self.expand(site_ids))), Cost())
+        gone = self.expand(site_ids)
+        return sum((self.cost(s) for s in self.collapse(gone)), Cost()) - still_held(self._tied, gone)
+
+    @cached_property
+    def _tied(self) -> tuple[Tied, ...]:
+        return tied(self.model, self.stacks)
 
     def ties(self, site: Site) -> tuple[Tie, ...]:
         """The parameters that the site owns, whole; of a site of units, the slices of each unit.

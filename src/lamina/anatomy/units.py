@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from lamina.anatomy._units_channels import Channels, block_channels, outer_channels, placed
+from lamina.anatomy._units_channels import Channels, block_channels, kept_channels, outer_channels, placed, relative
 from lamina.anatomy._units_cut import certify
 from lamina.anatomy._units_experts import certify_experts, find_experts
 from lamina.anatomy._units_find import NoUnits, Units, find
-from lamina.anatomy._units_probe import Given, Rig
-from lamina.anatomy._units_resize import resized, runs_left
+from lamina.anatomy._units_probe import Given, Rig, given_to
+from lamina.anatomy._units_resize import Resized, resized, runs_left, runs_of, slimmer
 from lamina.anatomy.parts import Block, Branch, Stack
-from lamina.anatomy.stacks import call, evaluating
+from lamina.anatomy.stacks import evaluating
 from lamina.core.errors import CertificateError, InputError, UnsupportedError
 from lamina.core.sites import Cost, Kind, Site, Tie
 
@@ -111,6 +111,31 @@ class UnitTable:
                 self._streams[stack.path] = str(reason)[:200]
         return self._streams[stack.path]
 
+    def slimmer(self, stack: Stack, gone: Sequence[int]) -> dict[str, Any]:
+        """How the model loses channels of a stack's stream, in plain data as of `without_units`."""
+        found = self.channels(stack)
+        if not isinstance(found, Channels):
+            raise NoUnits(found)
+        left = runs_of([c for c in range(stack.width) if c not in set(gone)])
+        told: dict[str, dict[str, Any]] = {"cuts": {}, "tied": {}, "numbers": {}, "configs": {}}
+        names: dict[int, list[str]] = {}
+        for name, p in self.model.named_parameters(remove_duplicate=False):
+            names.setdefault(id(p), []).append(name)
+        held = {n: tuple(all_) for all_ in names.values() for n in all_}
+        for (name, *others), dim in dict.fromkeys((held[t.param], t.dim) for t in found.ties):
+            told["cuts"].setdefault(name, []).append((dim, left))
+            told["tied"] |= {name: others} if others else {}
+        alike: dict[Any, Resized] = {}
+        for block in stack.blocks:
+            module, given = self.model.get_submodule(block.path), self.given(block)
+            key = _signature(module)
+            if key not in alike:
+                narrow = kept_channels(block, given, stack.width, gone)
+                alike[key] = slimmer(_rig(module, given), relative(found, block), stack.width, gone, narrow)
+            told["numbers"] |= _absolute(alike[key].numbers, block)
+            told["configs"] |= _absolute(alike[key].configs, block)
+        return told
+
     def _channels(self, stack: Stack) -> Channels:
         found: list[Channels] = []
         alike: dict[Any, Channels] = {}
@@ -123,11 +148,21 @@ class UnitTable:
         found.append(outer_channels(self.model, stack, self.sample, stack.width))
         return Channels(*(tuple(t for c in found for t in getattr(c, k)) for k in ("reads", "writes", "scales")))
 
+    def without(self, block: Block, branch: Branch, kind: Kind, gone: Sequence[int]) -> dict[str, Any]:
+        """How a branch loses some of its units, in plain data as of `UnitSites.without_units`."""
+        units = self.of(block, branch)[kind]
+        if not isinstance(units, Units):
+            raise NoUnits("its units can't be cut")
+        rig = _rig(self.model.get_submodule(block.path), self.given(block))
+        told, cuts = resized(rig, units, gone), runs_left(rig, units, gone)
+        parts = {"cuts": cuts, "numbers": told.numbers, "configs": told.configs}
+        return {k: _absolute(v, block) for k, v in parts.items()}
+
     def given(self, block: Block) -> Given:
         """What the block gets in a run of the model on the sample."""
         if not self._given:
             with evaluating(self.model):
-                self._given |= _given(self.model, self.stacks, self.sample)
+                self._given |= given_to(self.model, self.stacks, self.sample)
         return self._given[block.path]
 
     def _look(self, block: Block, branch: Branch) -> dict[Kind, Units | str]:
@@ -144,6 +179,11 @@ class UnitTable:
                     made = dict.fromkeys(wanted, f"the block does not run on its own: {str(error)[:120]}")
                 found |= {k: made[k] for k in missing if not (found[k] and isinstance(made[k], str))}
         return found
+
+
+def _absolute(names: Mapping[str, Any], block: Block) -> dict[str, Any]:
+    """With the names that modules and tensors of a block have in the model."""
+    return {f"{block.path}.{n}" if n else block.path: v for n, v in names.items()}
 
 
 def _rig(module: nn.Module, given: Given, seed: int = 0) -> Rig:
@@ -181,25 +221,6 @@ def _tried(rig: Rig, branch: Branch, module: nn.Module) -> dict[Kind, Units | st
 
 def _certified(rig: Rig, units: Units) -> Units:
     return certify_experts(rig, units) if units.kind is Kind.EXPERT else certify(rig, units)
-
-
-def _given(model: nn.Module, stacks: tuple[Stack, ...], sample: Mapping[str, Any]) -> dict[str, Given]:
-    """Block's path → what it gets when the model runs, the first time that it does."""
-    met: dict[str, Given] = {}
-    handles = []
-    for path in (b.path for k in stacks for b in k.blocks):
-
-        def note(module: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
-            met.setdefault(path, Given(args, kwargs))
-
-        handles.append(model.get_submodule(path).register_forward_pre_hook(note, with_kwargs=True))
-    try:
-        with torch.no_grad():
-            call(model, sample)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return met
 
 
 def _signature(block: nn.Module) -> tuple[Any, ...]:
@@ -267,7 +288,8 @@ class UnitSites:
     def unit_cost(self, site: Site) -> Cost:
         """What one unit owns: parameters and bytes, and a multiply-add per weight of its matrices and token."""
         parameters = dict(self.model.named_parameters())
-        owned = [(p, p.numel() // p.shape[t.dim] * t.size) for t in self.unit_ties(site) for p in [parameters[t.param]]]
+        held = [(parameters[t.param], t) for t in self.unit_ties(site) if t.param in parameters]  # others are buffers
+        owned = [(p, p.numel() // p.shape[t.dim] * t.size) for p, t in held]
         sizes = sum(n for _, n in owned), sum(n * p.element_size() for p, n in owned)
         return Cost(*sizes, macs=sum(n for p, n in owned if p.ndim > 1))
 
@@ -295,28 +317,28 @@ class UnitSites:
         units = self._units_of().of(*self._expect_placed(site))[site.kind]
         return (units.group, units.inner) if isinstance(units, Units) else (1, 1)
 
+    def active(self, site: Site) -> int:
+        """How many experts a token goes to."""
+        units = self._units_of().of(*self._expect_placed(site))[site.kind]
+        return units.active if isinstance(units, Units) else 0
+
     def without_units(self, site: Site, gone: Sequence[int]) -> dict[str, Any]:
         """How the model loses these units of a site, in plain data for `lamina.rewrites.structure`, names absolute.
 
         `cuts` of tensors, `numbers` of modules and fields of `configs` that follow. Raises UnsupportedError where the
-        block's class can't run without them.
+        class can't run without them.
         """
-        block, branch = self._expect_placed(site)
         table = self._units_of()
-        units = table.of(block, branch)[site.kind]
-        if not isinstance(units, Units) or site.kind is Kind.EXPERT:
-            raise UnsupportedError("its units can't be cut", where=site.id)
+        stack = next((k for k in self.stacks if site.kind is Kind.CHANNEL and site.path == k.path), None)
         try:
             with evaluating(self.model), torch.no_grad():
-                rig = _rig(self.model.get_submodule(block.path), table.given(block))
-                told, cuts = resized(rig, units, gone), runs_left(rig, units, gone)
+                found = (
+                    table.slimmer(stack, gone)
+                    if stack is not None
+                    else table.without(*self._expect_placed(site), site.kind, gone)
+                )
         except NoUnits as reason:
             raise UnsupportedError(str(reason), where=site.id, hint="cut other units, or none") from None
-
-        def absolute(names: Mapping[str, Any]) -> dict[str, Any]:
-            return {f"{block.path}.{n}" if n else block.path: v for n, v in names.items()}
-
-        found = {"cuts": absolute(cuts), "numbers": absolute(told.numbers), "configs": absolute(told.configs)}
         return {k: v for k, v in found.items() if v}
 
     def _expect_placed(self, site: Site) -> tuple[Block, Branch]:
@@ -331,6 +353,13 @@ class UnitSites:
             return None
         site = ".".join(x for x in (stack.name, Kind.CHANNEL.value) if x)
         return Site(site, Kind.CHANNEL, stack.path, None, stack.width)
+
+    def stream(self, stack: Stack) -> Channels:
+        """The ties of a stack's channels, by what they do. Raises UnsupportedError where they can't be told."""
+        found = self._units_of().channels(stack)
+        if isinstance(found, str):
+            raise UnsupportedError(found, where=stack.path)
+        return found
 
     def refused_channels(self, stack: Stack) -> str:
         """Why a stack's stream has no channels that were certified; '' where it has."""

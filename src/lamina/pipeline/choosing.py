@@ -94,7 +94,10 @@ def choose(run: Run, journal: Path) -> tuple[tuple[Step, ...], dict[str, float]]
     row, recipe = registry.row(run.recipe.name), run.recipe
     planner, bench = planner_of(run), bench_of(run, journal)
     lab = bench.lab
-    scores = read_survey(run.path(SURVEY))[row.measure] if row.measure else None
+    surveyed = read_survey(run.path(SURVEY)) if row.measure else {}
+    if row.measure and row.measure not in surveyed:
+        raise InputError(f"the measure {row.measure} scores nothing of this model", hint="take another recipe")
+    scores = surveyed.get(row.measure)
     for site in recipe.budget.protect:
         lab.anatomy.site(site)
     run.say(f"planning by {recipe.name}")

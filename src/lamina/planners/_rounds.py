@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from lamina.planners._trials import Trials
 
 MOST = 8.0
-"""By what a round multiplies or divides prices at most."""
+"""By what prices are multiplied or divided at most."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def settled(problem: Problem, trials: Trials, chosen: list[int], rounds: int) ->
         rise, sums = trials.rise([problem.options[i] for i in chosen]), at.price(chosen)
         rises.append(rise)
         if best is None or rise < min(rises[:-1]):
-            best = Settled(chosen, dict(factors), max(rise, 1e-6) / sums if sums > 0 else 1.0)
+            best = Settled(chosen, dict(factors), _held(rise / sums) if sums > 0 else 1.0)
         if number + 1 < rounds:
             factors = _corrected(problem, trials, chosen, factors, rise)
             again = problem.at(factors).cheapest()
@@ -67,6 +67,11 @@ def _corrected(
         prices = problem.at(factors)
         share = prices.price(i for i, o in zip(chosen, options, strict=True) if kind in o.kinds)
         marginal = rise - trials.rise([o for o in options if kind not in o.kinds])
-        ratio = min(max(marginal / share, 1 / MOST), MOST) if share > 0 else 1.0
+        ratio = _held(marginal / share) if share > 0 else 1.0
         found[kind] = factors.get(kind, 1.0) * ratio
     return found
+
+
+def _held(ratio: float) -> float:
+    """A ratio within bounds: what a text tells of plans that cost next to nothing is noise."""
+    return min(max(ratio, 1 / MOST), MOST)

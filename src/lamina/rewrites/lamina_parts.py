@@ -81,12 +81,12 @@ class Scaled(nn.Module):
         if self.gain.device != self.base.weight.device:
             return self.base.weight
         whole = self.gain * self.base.weight
-        return whole if self.up is None else whole + self.up.weight @ self.down.weight
+        return whole if self.up is None or self.down is None else whole + self.up.weight @ self.down.weight
 
     def forward(self, x):
         """All of it."""
         y = self.gain * self.base(x)
-        y = y if self.up is None else y + self.up(self.down(x))
+        y = y if self.up is None or self.down is None else y + self.up(self.down(x))
         return y if self.bias is None else y + self.bias
 
 

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
+from lamina.core.errors import InputError
 from lamina.core.papers import Card, Need, Paper
-from lamina.core.registry import measure
+from lamina.core.registry import measure, planner, recipe
 from lamina.core.scores import Grid, Scores
 from lamina.core.sites import Kind
 from lamina.maths.moments import Mean
+from lamina.planners._widths import FAILS, NARROWS, Shape, energies, expect_counted, sites_of, steps_of, widest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torch import Tensor
 
+    from lamina.anatomy import Anatomy
+    from lamina.core.documents import Budget, Step
     from lamina.core.sites import Site
     from lamina.lab import Lab
+    from lamina.lab.bench import Bench
     from lamina.lab.resume import Resumed
 
 PAPER = Paper(
@@ -142,3 +148,101 @@ def _groups(lab: Lab, holders: Mapping[str, tuple[Site, str]], means: Mapping[st
         total = sum(float(means[name].value) for name in mine)
         table[number] = total, total / sum(lab.anatomy.weight(name).numel() for name in mine)
     return Grid(values=table, rows=blocks, columns=("sum", "per weight"))
+
+
+@planner(
+    "ecoflap",
+    PAPER,
+    on=(Kind.NEURON, Kind.KV_GROUP),
+    needs=Need.ABLATION,
+    deviations=(
+        "blocks become narrower by their ratios instead of sparser: the units of least ‖W_:,j‖² mean x_j² behind the "
+        "last map go, which is Wanda's score of its columns",
+        "ratios are of neurons and KV groups alike; `spread` is the code's 0.1",
+    ),
+)
+@dataclass(frozen=True, kw_only=True)
+class Ecoflap:
+    """Blocks keep shares of their neurons and KV groups as their matrices' zeroth-order scores are large.
+
+    At a mean share r each block keeps r - `spread` at least; see `allocate`. r is the largest within the budget. Scores
+    are the bench's measure's, or this paper's own.
+    """
+
+    card: ClassVar[Card]
+    known_failures: ClassVar[Mapping[str, str]] = dict.fromkeys(FAILS, NARROWS)
+
+    spread: float = 0.1
+    kinds: tuple[Kind, ...] = (Kind.NEURON, Kind.KV_GROUP)
+    multiple: int = 32
+    parallel: int = 1
+    refit: float = 0.0
+
+    def __post_init__(self) -> None:
+        Shape(multiple=self.multiple, parallel=self.parallel)
+        if not 0 <= self.spread < 1:
+            raise ValueError(f"spread lies in [0, 1), not at {self.spread:g}")
+        if not set(self.kinds) <= {Kind.NEURON, Kind.KV_GROUP}:
+            raise ValueError("kinds are neuron and kv_group")
+
+    def plan(
+        self, scores: Scores | None, budget: Budget, anatomy: Anatomy, bench: Bench | None = None
+    ) -> tuple[Step, ...]:
+        """A narrow step for each kind. Raises InputError for a budget that no such ratios meet."""
+        from lamina.planners._target import Target, required
+
+        target = Target(budget, anatomy)
+        if target.need <= 0:
+            return ()
+        expect_counted(budget, self.card.name)
+        lab = required(bench, self.card.name).lab
+        sites = sites_of(anatomy, self.kinds, target)
+        each = energies(lab, sites)
+        sites = [s for s in sites if s.id in each]
+        if not sites:
+            raise InputError("the model has no units that may go", hint="protect less, or name other kinds")
+        blocks = {anatomy.block(s.id.rpartition(".")[0]).site.id for s in sites}
+        maps = {b: [s.id for s in anatomy.linears(b)] for b in sorted(blocks)}
+        if scores is None or not all(m in scores for held in maps.values() for m in held):
+            scores = ZerothOrder().measure(lab)
+        found = [sum(scores[m] for m in held) for held in maps.values()]
+        weights = [sum(anatomy.weight(m).numel() for m in held) for held in maps.values()]
+        shape = Shape(multiple=self.multiple, parallel=self.parallel)
+
+        def make(share: float) -> dict[str, int]:
+            keep = allocate(found, weights, int(share * sum(weights)), max(share - self.spread, 0.0))
+            ratios = {b: k / n for b, k, n in zip(maps, keep, weights, strict=True)}
+            home = {s.id: anatomy.block(s.id.rpartition(".")[0]).site.id for s in sites}
+            return {s.id: shape.count(anatomy, s, ratios[home[s.id]]) for s in sites}
+
+        return steps_of(anatomy, each, widest(anatomy, target, make), refit=self.refit)
+
+
+def allocate(scores: Sequence[float], sizes: Sequence[int], keep: int, least: float) -> list[int]:
+    """Of `keep` weights in all, how many each group keeps: `least` of its own first, then in proportion to its score.
+
+    What a full group can't take goes to the others, again in proportion.
+    """
+    kept = [min(math.ceil(n * least), n) for n in sizes]
+    while (left := keep - sum(kept)) > 0:
+        free = [s if k < n else 0.0 for s, k, n in zip(scores, kept, sizes, strict=True)]
+        free = free if sum(free) > 0 else [float(k < n) for k, n in zip(kept, sizes, strict=True)]
+        if not sum(free):
+            break
+        more = [math.ceil(f / sum(free) * left) for f in free]
+        kept = [min(k + m, n) for k, m, n in zip(kept, more, sizes, strict=True)]
+    first = [min(math.ceil(n * least), n) for n in sizes]
+    for _ in range(sum(kept) - keep):  # shares were rounded up
+        place = max(range(len(kept)), key=lambda n: kept[n] - first[n])
+        kept[place] -= 1 if kept[place] > first[place] else 0
+    return kept
+
+
+recipe(
+    "ecoflap",
+    PAPER,
+    summary="Blocks whose matrices the loss hangs on least become narrowest.",
+    measure="zeroth-order",
+    planner="ecoflap",
+    rewrite="narrow",
+)

@@ -7,19 +7,23 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 import numpy as np
 
+from lamina.core.errors import InputError
 from lamina.core.papers import Card, Need, Paper
-from lamina.core.registry import measure
+from lamina.core.registry import measure, planner, recipe
 from lamina.core.sites import Kind
+from lamina.planners._widths import FAILS, NARROWS, Shape, energies, expect_counted, sites_of, steps_of, widest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from torch import Tensor
 
     from lamina.anatomy import Anatomy
+    from lamina.core.documents import Budget, Step
     from lamina.core.scores import Array, Scores
     from lamina.core.sites import Site
     from lamina.lab import Lab
+    from lamina.lab.bench import Bench
     from lamina.lab.taps import Taps
     from lamina.maths.moments import Mean
 
@@ -129,3 +133,77 @@ def shares(energies: Array, temperature: float) -> Array:
     logits = energies / scale if scale > 0 else np.zeros_like(energies)
     found = np.exp(logits - logits.max())
     return found / found.sum()
+
+
+@planner(
+    "struct-prune",
+    PAPER,
+    on=(Kind.NEURON, Kind.KV_GROUP),
+    needs=Need.FORWARD,
+    deviations=(
+        "the energy form of the shares, inferred as the measure's energies are; no ADMM: each last map is refitted "
+        "once, in closed form, on the dense network's inputs",
+        "units are neurons and KV groups, and a layer is the last map behind them",
+    ),
+)
+@dataclass(frozen=True, kw_only=True)
+class StructPrune:
+    """Sublayers keep softmax(E / (`temperature` · mean E)) of their units, scaled to the budget, within [`least`, 1].
+
+    E is the mean energy of a sublayer's units, ‖W_:,j‖² mean x_j² over their columns j of its last map W; units of most
+    energy stay, and with `refit` what stays takes over what goes (see `narrow`). One forward over the text.
+    """
+
+    card: ClassVar[Card]
+    known_failures: ClassVar[Mapping[str, str]] = dict.fromkeys(FAILS, NARROWS)
+
+    temperature: float = 1.0
+    least: float = 0.1
+    kinds: tuple[Kind, ...] = (Kind.NEURON, Kind.KV_GROUP)
+    multiple: int = 32
+    parallel: int = 1
+    refit: float = 0.01
+
+    def __post_init__(self) -> None:
+        Shape(multiple=self.multiple, parallel=self.parallel)
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be above 0, not {self.temperature:g}")
+        if not 0 <= self.least < 1:
+            raise ValueError(f"least lies in [0, 1), not at {self.least:g}")
+        if not set(self.kinds) <= {Kind.NEURON, Kind.KV_GROUP}:
+            raise ValueError("kinds are neuron and kv_group")
+
+    def plan(
+        self, scores: Scores | None, budget: Budget, anatomy: Anatomy, bench: Bench | None = None
+    ) -> tuple[Step, ...]:
+        """A narrow step for each kind. Raises InputError for a budget that no such shares meet."""
+        from lamina.planners._target import Target, required
+
+        target = Target(budget, anatomy)
+        if target.need <= 0:
+            return ()
+        expect_counted(budget, self.card.name)
+        sites = sites_of(anatomy, self.kinds, target)
+        each = energies(required(bench, self.card.name).lab, sites)
+        sites = [s for s in sites if s.id in each]
+        if not sites:
+            raise InputError("the model has no units that may go", hint="protect less, or name other kinds")
+        shape = Shape(multiple=self.multiple, parallel=self.parallel)
+        parts = np.log(np.maximum(shares(np.array([each[s.id].mean() for s in sites]), self.temperature), 1e-300))
+        reach = parts.max() - parts.min() - np.log(max(self.least, 1e-3))
+
+        def make(level: float) -> dict[str, int]:
+            kept = np.exp(np.minimum(parts - parts.min() - (1 - level) * reach, 0.0)).clip(self.least, 1.0)
+            return {s.id: shape.count(anatomy, s, float(k)) for s, k in zip(sites, kept, strict=True)}
+
+        return steps_of(anatomy, each, widest(anatomy, target, make), refit=self.refit)
+
+
+recipe(
+    "struct-prune",
+    PAPER,
+    summary="Neurons and KV groups of least energy go, most where energies are low; the last maps are refitted.",
+    measure="",
+    planner="struct-prune",
+    rewrite="narrow",
+)

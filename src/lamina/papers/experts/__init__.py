@@ -1,0 +1,1 @@
+"""Experts: which of a mixture are needed, and which can be one."""

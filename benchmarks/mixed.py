@@ -4,7 +4,7 @@
 
 Prices are taken on calibration text; what is measured is the rise of the loss on held-out text, with the plan's maps
 written into the model and what it drops silenced. A plan is the exact choice from the menu, of all options or of those
-of one kind. Bytes are those of the engine's file, embeddings and all.
+of one kind, after the planner's rounds of trials. Bytes are those of the engine's file, embeddings and all.
 """
 
 from __future__ import annotations
@@ -19,36 +19,40 @@ from scipy.stats import spearmanr
 
 from lamina.core.menu import Option
 from lamina.core.registry import PLANNERS
-from lamina.lab import Lab
-from lamina.planners._solve import cheapest
-from lamina.planners.knapsack import Trials, unlike
+from lamina.lab import Bench, Lab
+from lamina.planners._menu import unlike
+from lamina.planners._rounds import settled
+from lamina.planners._solve import Problem
+from lamina.planners._trials import Trials
 
 KINDS = {"drop": ("drop",), "narrow": ("narrow",), "rank": ("svd-llm",), "bits": ("round",)}
 
 
 def plans(
-    options: Sequence[Option], lab: Lab, trials: Trials, held: Lab, keeps: Sequence[float]
+    options: Sequence[Option], lab: Lab, trials: Trials, held: Lab, keeps: Sequence[float], rounds: int
 ) -> list[tuple[str, ...]]:
     """One row for each budget and kind."""
     total, dense, rows = lab.anatomy.total().bytes, held.loss(), []
     for keep in keeps:
         for name, kinds in {"mixed": None, **KINDS}.items():
             some = [o for o in options if kinds is None or o.kinds == kinds]
+            problem = Problem(some, {"bytes": total * (1 - keep)}, unlike(lab.anatomy, some))
             began = time.perf_counter()
-            chosen = cheapest(some, {"bytes": total * (1 - keep)}, unlike(lab.anatomy, some))
-            took = time.perf_counter() - began
+            chosen = problem.cheapest()
+            solving = time.perf_counter() - began
             if chosen is None:
-                rows.append((f"{keep:.0%}", name, "–", "–", "", "not reached"))
+                rows.append((f"{keep:.0%}", name, "–", "–", "", "", "not reached"))
                 continue
-            taken = [some[i] for i in chosen]
+            found = settled(problem, trials, chosen, rounds)
+            took = time.perf_counter() - began
+            taken = [some[i] for i in found.chosen]
             with trials.on(taken):
                 true = held.loss() - dense
             used = Counter(" + ".join(o.kinds) for o in taken)
             what = ", ".join(f"{n} {k}" for k, n in used.most_common())
-            rows.append(
-                (f"{keep:.0%}", name, f"{sum(o.damage for o in taken):.3f}", f"{true:.3f}", f"{took:.2f}", what)
-            )
-            print(*rows[-1], flush=True)
+            told = problem.at(found.factors).price(found.chosen) * found.level
+            rows.append((f"{keep:.0%}", name, f"{told:.3f}", f"{true:.3f}", f"{solving:.2f}", f"{took:.0f}", what))
+            print(*rows[-1], sep=" | ", flush=True)
     return rows
 
 
@@ -85,16 +89,18 @@ def main() -> str:
     parser.add_argument("--keep", nargs="*", type=float, default=[75, 50, 35])
     parser.add_argument("--random", type=int, default=40)
     parser.add_argument("--sequences", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=2)
     given = parser.parse_args()
     loaded = opened(given)
     lab = Lab(loaded.model, text(given, loaded, "calibration", given.sequences, 512))
     held = Lab(loaded.model, text(given, loaded, "heldout", 8, 512), anatomy=lab.anatomy, batch_size=2)
     began = time.perf_counter()
-    options, trials = PLANNERS.make("knapsack").menu(lab)
-    took = time.perf_counter() - began
+    planner = PLANNERS.make("knapsack")
+    menu, trials = planner.menu(Bench(lab)), planner.trials(lab)
+    took, options = time.perf_counter() - began, menu.options
     head = f"{len(options)} options priced in {took:.0f} s, {lab.passes:.1f} forwards over {lab.tokens} tokens"
-    rows = plans(options, lab, trials, held, [k / 100 for k in given.keep])
-    names = ("bytes kept", "plan", "predicted, nats", "measured, nats", "solving, s", "options")
+    rows = plans(options, lab, trials, held, [k / 100 for k in given.keep], given.rounds)
+    names = ("bytes kept", "plan", "predicted, nats", "measured, nats", "solving, s", "with trials, s", "options")
     line = drawn(options, lab, trials, held, given.random)
     return f"{head}; {machine(given.threads)}\n\n{table(names, rows)}\n\n{line}"
 

@@ -68,7 +68,8 @@ class Solved(Document):
     """`solved.json`: what a planner took from a menu. `of` as of the menu.
 
     `taken`: (place, option's name); `needs`: what had to go of each resource; `factors`: rewrite → what its prices
-    were multiplied by, once plans with it were tried; `rises`: the true rise of the loss of each round's plan, in nats.
+    were multiplied by, once plans with it were tried; `level`: what the plan's true rise was to the sum of these;
+    `rises`: the true rise of the loss of each round's plan, in nats.
     """
 
     lamina: int = field(default=FORMAT, metadata={"always": True})
@@ -76,6 +77,7 @@ class Solved(Document):
     needs: Mapping[str, float] = field(default_factory=dict[str, float])
     taken: tuple[tuple[str, str], ...] = field(default=(), metadata={"always": True})
     factors: Mapping[str, float] = field(default_factory=dict[str, float])
+    level: float = 1.0
     rises: tuple[float, ...] = ()
 
 

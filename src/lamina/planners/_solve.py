@@ -34,9 +34,9 @@ class Problem:
         """The best choice; None where none meets the needs."""
         return cheapest(self.options, self.needs, self.some, prices=self.prices, without=without)
 
-    def at(self, factors: Mapping[str, float]) -> Problem:
-        """The same at other prices: rewrite → what its prices are multiplied by."""
-        return replace(self, prices=repriced(self.options, factors))
+    def at(self, factors: Mapping[str, float], level: float = 1.0) -> Problem:
+        """The same at other prices: rewrite → what its prices are multiplied by, and all of them by `level`."""
+        return replace(self, prices=[level * p for p in repriced(self.options, factors)])
 
     def price(self, chosen: Iterable[int]) -> float:
         """What a choice should cost, in nats."""

@@ -114,9 +114,10 @@ class Knapsack:
         settling = settled(problem, self.trials(bench.lab), chosen, self.rounds)
         taken, level = [problem.options[i] for i in settling.chosen], settling.level
         told = tuple((o.groups[0], o.name) for o in taken)
-        bench.keep(
-            "solved.json", Solved(needs=problem.needs, taken=told, factors=settling.factors, rises=settling.rises)
-        )
+        solved = Solved(
+            needs=problem.needs, taken=told, factors=settling.factors, level=level, rises=settling.rises
+        )  # fmt: skip
+        bench.keep("solved.json", solved)
         steps = []
         for option in taken:
             extra = {k: v for k, v in option.saves.items() if "@" in k}
@@ -186,7 +187,7 @@ class Knapsack:
     def _known(self, budget: Budget, bench: Bench) -> Problem:
         """The problem at the prices that the last plan's trials led to."""
         solved, problem = bench.recall("solved.json", Solved), self.problem(budget, bench)
-        return problem if solved is None else problem.at(solved.factors)
+        return problem if solved is None else problem.at(solved.factors, solved.level)
 
     def _moves(self, anatomy: Anatomy, site: Site, seen: InputMoments) -> Iterator[Move]:
         from lamina.planners import _moves as made

@@ -136,7 +136,6 @@ def neurons(lab: Lab, keep: float) -> Sequence[Step]:
 
 
 ROWS: dict[str, Makes] = {
-    "drop: default (greedy, refitted)": by("default"),
     "drop: ShortGPT": by("shortgpt"),
     "drop: damage, sublayers": by("damage"),
     "narrow: neurons, refitted": neurons,

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lamina.core.papers import Card, Need
+from lamina.core.papers import Card, Need, Status
 from lamina.core.registry import ROLES
 from lamina.testing import checks_for, known_failures
 
@@ -23,7 +23,14 @@ def alone(method: type) -> bool:
 
 
 def variant(method: type) -> bool:
-    """Whether a rewrite is another one with other numbers, which is tried in every run; or changes numbers alone."""
+    """Whether a rewrite is another one with other numbers, which is tried in every run; or changes numbers alone.
+
+    Or it is a method on trial that takes long: a rewrite, or a planner that searches.
+    """
+    card: Card = method.card  # type: ignore[attr-defined]
+    searches = card.role == "planner" and card.needs >= Need.GRADIENT and card.name != "knapsack"
+    if (card.role == "rewrite" or searches) and card.status is Status.EXPERIMENTAL:
+        return True
     return getattr(method, "stage", 0) > 0 or any(
         getattr(base, "card", None) is not None and base.card.role == "rewrite" for base in method.__mro__[1:]
     )
@@ -32,7 +39,8 @@ def variant(method: type) -> bool:
 def cases(wanted: Callable[[Card], bool]) -> Iterator[Any]:
     """A case for each check that applies to a method whose card is `wanted`; known failures must fail.
 
-    Slow are measures that run gradients or trials of their own, and rewrites that vary another, or numbers alone.
+    Slow are measures that run gradients or trials of their own, rewrites that vary another, or numbers alone, and
+    rewrites and searches that are experimental.
     """
     for role, registry in ROLES.items():
         for name in registry:

@@ -39,7 +39,11 @@ from lamina.testing.models import NanoGPT, lively, padded, text, tiny
 
 NAMES = ("llama", "gpt2", "gpt_neox", "gemma2", "mixtral")
 SHARD = "20KB"
-FORWARD = [n for n in registry.MEASURES if registry.MEASURES.card(n).needs is Need.FORWARD]
+FORWARD = [
+    n
+    for n in registry.MEASURES
+    if registry.MEASURES.card(n).needs is Need.FORWARD and hasattr(registry.MEASURES.method(n), "tally")
+]
 TYPES = ((torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16))
 
 

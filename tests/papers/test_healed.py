@@ -25,7 +25,7 @@ def test_a_score_is_what_a_healed_copy_loses() -> None:
     rows = torch.cat([b["input_ids"] for b in chosen.batches])
     copied = copy.deepcopy(lab.model)
     learnt = Lab(copied, list(chosen.batches[:2]), seed=lab.seed)
-    assert learnt.anatomy.depth == 4, "found before the block is one that does nothing"
+    assert len(learnt.anatomy.stacks[0].blocks) == 4, "found before the block is one that does nothing"
     copied.model.layers[2].forward = lambda hidden_states, **_: hidden_states
     HEALERS.make("lora").heal(learnt, teacher=lab.model, steps=3)
     losses = []

@@ -45,7 +45,7 @@ def change(path: Path, **keys: Any) -> None:
     [
         ({"model": {"name": "other", "fingerprint": "sha256:00"}}, ("the plan was made for other", "plan again")),
         ({"steps": [{"rewrite": "drop", "sites": ["block.17"]}]}, ("block.17", "no such")),
-        ({"steps": [{"rewrite": "dorp", "sites": ["block.1"]}]}, ("did you mean drop?",)),
+        ({"steps": [{"rewrite": "dorp", "sites": ["block.1"]}]}, ("did you mean drop",)),
         ({"steps": [{"rewrite": "drop", "site": ["block.1"]}]}, ("steps.0.site",)),
         ({"steps": [{"rewrite": "drop", "sites": [f"block.{n}" for n in range(4)]}]}, ("block",)),
         ({"steps": [{"rewrite": "refit", "sites": ["block.0.mlp"]}]}, ("refit", "around")),

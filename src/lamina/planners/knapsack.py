@@ -105,6 +105,8 @@ class Knapsack:
         from lamina.planners._target import required
 
         bench = required(bench, self.card.name)
+        if budget.drop == 0 or (budget.drop is None and all(r.keep == 1 for r in budget.limits)):
+            return ()
         problem = self.problem(budget, bench)
         if not problem.needs:
             return ()

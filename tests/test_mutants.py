@@ -85,6 +85,7 @@ def read(result: str) -> dict[str, str]:
     return {"log": Path(result + ".log").read_text()[-2000:]}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_without_a_mistake_all_of_them_pass(outcomes: dict[str, dict[str, str]]) -> None:
     expected = {t for m in MUTANTS for t in m.caught_by}
@@ -92,6 +93,7 @@ def test_without_a_mistake_all_of_them_pass(outcomes: dict[str, dict[str, str]])
     assert {t for t, outcome in outcomes[""].items() if outcome != "passed"} == set()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("mutant", MUTANTS, ids=NAMES)
 def test_the_suite_catches(mutant: Any, outcomes: dict[str, dict[str, str]]) -> None:

@@ -386,8 +386,11 @@ def test_wrong_options_and_sources_are_told(tokenizer: Any, tmp_path: Path) -> N
 @pytest.mark.real
 @pytest.mark.parametrize(
     ("cuts", "architecture"),
-    [({}, "llama"), ({"blocks": (11, 20, 24)}, "llama"), ({"attention": (10, 15, 21, 25)}, "deci")],
-    ids=["dense", "three blocks gone", "four attentions gone"],
+    [
+        pytest.param({}, "llama", id="dense", marks=pytest.mark.slow),
+        pytest.param({"blocks": (11, 20, 24)}, "llama", id="three blocks gone", marks=pytest.mark.slow),
+        pytest.param({"attention": (10, 15, 21, 25)}, "deci", id="four attentions gone"),
+    ],
 )
 def test_smollm2(cuts: dict[str, Any], architecture: str, tmp_path: Path) -> None:
     from lamina.lab.load import load

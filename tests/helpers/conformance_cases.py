@@ -11,6 +11,9 @@ from lamina.core.papers import Card, Need, Status
 from lamina.core.registry import ROLES
 from lamina.testing import checks_for, known_failures
 
+LONG = ("narrow", "replace", "share")
+"""Rewrites that are tried on so many kinds of sites that it takes more than half a minute."""
+
 
 def runs_much(card: Card) -> bool:
     """Whether a measure takes gradients, or leaves sites out: these have a file of their own."""
@@ -28,6 +31,8 @@ def variant(method: type) -> bool:
     Or it is a method on trial that takes long: a rewrite, or a planner that searches.
     """
     card: Card = method.card  # type: ignore[attr-defined]
+    if card.role == "rewrite" and card.name in LONG:
+        return True
     searches = card.role == "planner" and card.needs >= Need.GRADIENT and card.name != "knapsack"
     if (card.role == "rewrite" or searches) and card.status is Status.EXPERIMENTAL:
         return True

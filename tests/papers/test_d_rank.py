@@ -125,7 +125,7 @@ def test_bytes_are_as_good_as_parameters(metric: Any) -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.floats(0.1, 500.0), min_size=1, max_size=6), st.integers(1, 40), st.floats(0.02, 0.9))
 def test_no_ranks_of_the_same_cost_are_better(spreads: list[float], unit: int, share: float) -> None:
-    """Where a rank costs the same everywhere: never worse than equal ranks; rank by rank is better by rounding alone."""
+    """Where a rank costs the same: never worse than equal ranks; rank by rank is better by rounding alone."""
     groups = [Group(sites=(), spread=r, unit=unit, whole=unit * 60) for r in spreads]
     budget = share * sum(g.whole for g in groups)
     assume(budget >= unit * len(groups))

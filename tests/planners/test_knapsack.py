@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -159,3 +160,13 @@ def test_a_probe_tells_what_is_left_after_healing() -> None:
     both, added = healed.rise([*gone, bits]), plain.rise([*gone, bits]) - plain.rise(gone)
     assert both == pytest.approx(healed.rise(gone) + added, abs=1e-4)
     assert all(torch.equal(v, before[k]) for k, v in lab.model.state_dict().items())
+
+
+def test_reasons_are_of_the_budget_that_was_planned(tmp_path: Path) -> None:
+    lab, planner = bench(), PLANNERS.make("knapsack", {"rounds": 0, "moves": ("drop", "bits")})
+    kept = Bench(lab, folder=tmp_path, mark="m")
+    planned_one = Budget(metric="bytes", keep=0.6)
+    steps = planner.plan(None, planned_one, lab.anatomy, kept)
+    assert len(planner.explain(planned_one, kept)) == len(steps)
+    with pytest.raises(InputError, match="no plan of this budget"):
+        planner.explain(Budget(metric="bytes", keep=0.5), kept)

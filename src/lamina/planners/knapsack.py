@@ -149,21 +149,21 @@ class Knapsack:
         options = [o for o in menu.options if not kept & {*o.groups} and self._wanted(anatomy, o)]
         whole = dict(menu.whole)
         for limit in (r for r in budget.limits if r.metric == "latency"):
-            options, whole[limit.resource] = self._timed(bench, options, limit)
+            options, whole[limit.resource] = self._timed(bench, menu, options, limit)
         needs = {r.resource: r.need(whole[r.resource]) for r in budget.limits}
         return Problem(options, {k: v for k, v in needs.items() if v > 0}, unlike(anatomy, options), whole)
 
     def _wanted(self, anatomy: Anatomy, option: Option) -> bool:
         return not self.kinds or all(anatomy.site(g).kind in self.kinds for g in option.groups)
 
-    def _timed(self, bench: Bench, options: Sequence[Option], limit: Limit) -> tuple[list[Option], float]:
+    def _timed(self, bench: Bench, menu: Menu, options: Sequence[Option], limit: Limit) -> tuple[list[Option], float]:
         """The options with the seconds that they free, and those that the dense model takes."""
         from lamina.planners._latency import measured, saved
 
         resource, anatomy = limit.resource, bench.lab.anatomy
         times = bench.recall(Times.name(resource), Times)
         if times is None:
-            made = measured(bench.lab, options, resource.partition("@")[2])
+            made = measured(bench.lab, menu.options, resource.partition("@")[2])
             times = bench.keep(Times.name(resource), made)
         return [replace(o, saves={**o.saves, resource: saved(times, o, anatomy)}) for o in options], times.total
 
@@ -180,9 +180,9 @@ class Knapsack:
         from lamina.planners._solve import reasons
 
         solved = bench.recall("solved.json", Solved)
-        if solved is None:
-            raise InputError("no plan of this budget was chosen here", hint="lamina plan RUN --keep … first")
         problem = self._known(budget, bench)
+        if solved is None or dict(solved.needs) != dict(problem.needs):
+            raise InputError("no plan of this budget was chosen here", hint="lamina plan RUN --keep … first")
         places = {(o.groups[0], o.name): n for n, o in enumerate(problem.options)}
         return reasons(problem, [places[key] for key in solved.taken if key in places])
 

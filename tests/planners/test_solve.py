@@ -151,4 +151,25 @@ def test_rounds_put_right_what_a_rewrite_costs_beside_others() -> None:
     assert found.level * problem.at(found.factors).price(found.chosen) == pytest.approx(3.0)
     kept = settled(problem, Truth(), first, 0)  # type: ignore[arg-type]
     assert (kept.chosen, kept.level, kept.rises) == (first, 1.0, ())
-    assert settled(problem, Truth(), first, 1).chosen == first  # type: ignore[arg-type]
+    assert settled(problem, Truth(), first, 1).chosen == [1, 2], "of drops alone"  # type: ignore[arg-type]
+
+
+def test_the_cheapest_plan_of_one_kind_is_tried_too() -> None:
+    class Interactions(Truth):
+        """Trials in which two kinds beside each other cost ten times more."""
+
+        def rise(self, options: Sequence[Option]) -> float:
+            kinds = {k for o in options for k in o.kinds}
+            return super().rise(options) * (10.0 if len(kinds) > 1 else 1.0)
+
+    def one(name: str, group: str, rewrite: str, damage: float) -> Option:
+        step = Step(rewrite=rewrite, sites=(group,), why={"damage": damage})
+        return Option(name=name, groups=(group,), steps=(step,), damage=damage, saves={"bytes": 1.0})
+
+    options = [one("a1", "a", "narrow", 1.0), one("a2", "a", "drop", 2.0), one("b", "b", "drop", 1.0)]
+    problem = Problem(options, {"bytes": 2.0})
+    found = settled(problem, Interactions(), [0, 2], 1)  # type: ignore[arg-type]
+    assert (found.chosen, found.rises, found.factors, found.level) == ([1, 2], (20.0, 3.0), {}, 1.0)
+    dear = [*options[:1], one("a2", "a", "drop", 200.0), options[2]]
+    kept = settled(Problem(dear, {"bytes": 2.0}), Interactions(), [0, 2], 1)  # type: ignore[arg-type]
+    assert (kept.chosen, kept.rises) == ([0, 2], (20.0,)), "what promises to be far dearer is not tried"

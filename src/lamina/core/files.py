@@ -130,7 +130,10 @@ def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
     return found
 
 
-class _Loader(yaml.SafeLoader):
+_Safe = cast("type[yaml.SafeLoader]", getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+
+
+class _Loader(_Safe):
     """YAML in which no key may be given twice."""
 
 

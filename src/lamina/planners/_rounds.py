@@ -32,7 +32,8 @@ def settled(problem: Problem, trials: Trials, chosen: list[int], rounds: int) ->
     """Try the plan, whole and without each of its rewrites; choose again at prices put right; at most `rounds` times.
 
     A rewrite's factor is its rise beside the others over the sum of its prices. One forward over the judged text for
-    each plan, and one for each rewrite of it.
+    each plan, and one for each rewrite of it. At last the cheapest plan of each single kind is tried too, if its prices
+    promise less than the best rise so far.
     """
     best: Settled | None = None
     factors: dict[str, float] = {}
@@ -53,6 +54,15 @@ def settled(problem: Problem, trials: Trials, chosen: list[int], rounds: int) ->
             chosen = again
     if best is None:
         return Settled(chosen, {})
+    for kinds in dict.fromkeys(o.kinds for o in problem.options):
+        one = [i for i, o in enumerate(problem.options) if o.kinds == kinds]
+        alone = problem.cheapest(without=set(range(len(problem.options))) - {*one})
+        sums = problem.price(alone) if alone else 0.0
+        if alone and tuple(alone) not in tried and sums < min(rises):
+            rise = trials.rise([problem.options[i] for i in alone])
+            if rise < min(rises):
+                best = Settled(alone, {}, _held(rise / sums) if sums > 0 else 1.0)
+            rises.append(rise)
     return Settled(best.chosen, best.factors, best.level, tuple(rises))
 
 

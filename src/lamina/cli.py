@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import lamina.words as w
+from lamina import commands
 from lamina.__main__ import INTERRUPTED, interrupted
+from lamina.commands.screen import say, shown
 from lamina.core.errors import InputError, LaminaError
 from lamina.options import begin, budget_of, laid_over, make_recipe, opened, recipe_of
 
@@ -185,20 +186,7 @@ def plan(
         print_frontier(run, found)
 
 
-@app.command(epilog="Example: lamina apply run")
-def apply(folder: w.Folder) -> None:
-    """Do what the plan says; the checkpoint is published only if it reloads exactly in a fresh process."""
-    from lamina import pipeline
-
-    run = opened(folder)
-    with shown(run):
-        receipts = pipeline.apply(run)
-    if receipts.receipts:
-        before, after = receipts.receipts[0].before, receipts.receipts[-1].after
-        say(f"{before.parameters:,} parameters became {after.parameters:,}")
-    else:
-        say("the plan drops nothing")
-    say(str(run.path("model")))
+app.command(epilog="Example: lamina apply run")(commands.apply)
 
 
 @app.command(epilog="Example: lamina heal run --steps 200")
@@ -222,52 +210,9 @@ def heal(
     say(f"healed: {run.path('model')}")
 
 
-@app.command(epilog="Example: lamina prove run")
-def prove(folder: w.Folder) -> None:
-    """Measure loss, speed, memory and size, dense and thinned side by side, on held-out text."""
-    from lamina import pipeline
-
-    run = opened(folder)
-    with shown(run):
-        pipeline.prove(run)
-    from lamina.terminal import print_evidence
-
-    print_evidence(run)
-
-
-@app.command(epilog="Example: lamina export run --to model.gguf")
-def export(
-    folder: w.Folder,
-    to: Annotated[Path | None, typer.Option(metavar="PATH", help="Where to: a folder, or a .gguf file.")] = None,
-    kind: Annotated[
-        str | None, typer.Option("--format", metavar="NAME", help="An exporter of `lamina methods`.")
-    ] = None,
-    check: Annotated[bool, typer.Option("--check", help="Only say which engines load it.")] = False,
-) -> None:
-    """Write the thinned model for another engine, or say which engines take it."""
-    from lamina import pipeline
-    from lamina.pipeline.verbs import notes
-
-    run = opened(folder)
-    if check:
-        for line in notes(run, run.receipts()):
-            say(line)
-        return
-    kind = kind or ("gguf" if to is not None and to.suffix == ".gguf" else "hf")
-    with shown(run):
-        paths = pipeline.export(run, to, kind)
-    for path in paths:
-        say(str(path))
-
-
-@app.command(epilog="Example: lamina report run")
-def report(folder: w.Folder) -> None:
-    """Write report.html: one page, offline, of all that the run folder holds."""
-    from lamina.report import write
-
-    if not folder.is_dir():
-        raise InputError("there is no such run folder", where=folder)
-    say(str(write(folder)))
+app.command(epilog="Example: lamina prove run")(commands.prove)
+app.command(epilog="Example: lamina export run --to model.gguf")(commands.export)
+app.command(epilog="Example: lamina report run")(commands.report)
 
 
 @app.command(epilog="Example: lamina anatomy smollm2-135m --certify")
@@ -330,13 +275,6 @@ def cite(name: str) -> None:
     typer.echo(registry.cite(name).bibtex())
 
 
-def shown(run: Run) -> Any:
-    """Progress on the terminal while the block runs."""
-    from lamina.terminal import progress
-
-    return progress(run)
-
-
 def finish(run: Run) -> None:
     """The closing table and the report's path."""
     from lamina.terminal import print_evidence
@@ -346,11 +284,6 @@ def finish(run: Run) -> None:
     if run.path("model.gguf").is_file():
         say(f"gguf   {run.path('model.gguf')}")
     say(f"report {run.path('report.html')}")
-
-
-def say(line: str) -> None:
-    """One line on standard output."""
-    typer.echo(line)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,0 +1,8 @@
+"""Verbs of the command line that have a file of their own; `lamina.cli` names them."""
+
+from lamina.commands.apply import apply
+from lamina.commands.export import export
+from lamina.commands.prove import prove
+from lamina.commands.report import report
+
+__all__ = ["apply", "export", "prove", "report"]

@@ -27,8 +27,8 @@ from lamina.planners._target import Target
 Makes = Callable[[Lab, float], Sequence[Step]]
 
 
-def by(recipe: str, **options: object) -> Makes:
-    """The plan of a recipe for a share of the parameters."""
+def by(recipe: str, metric: str = "parameters", **options: object) -> Makes:
+    """The plan of a recipe for a share of the parameters, or of another resource."""
 
     def make(lab: Lab, keep: float) -> Sequence[Step]:
         entry = row(recipe)
@@ -36,7 +36,7 @@ def by(recipe: str, **options: object) -> Makes:
         chosen = {**entry.planner_options, **({"kinds": entry.kinds} if entry.kinds else {}), **options}
         scores = measure.measure(lab) if measure else None
         planner = PLANNERS.make(entry.planner, chosen)
-        return planner.plan(scores, Budget(keep=keep), lab.anatomy, Bench(lab, measure))
+        return planner.plan(scores, Budget(metric=metric, keep=keep), lab.anatomy, Bench(lab, measure))
 
     return make
 
@@ -50,6 +50,20 @@ def blocks(lab: Lab, keep: float) -> list[str]:
             break
         gone.append(site)
     return lab.anatomy.collapse(lab.anatomy.expand(gone))  # type: ignore[return-value]
+
+
+def fused(lab: Lab, keep: float) -> Sequence[Step]:
+    """The blocks of least influence, fused into their neighbours."""
+    return [Step(rewrite="fusegpt", sites=tuple(blocks(lab, keep)), options={"epochs": 2})]
+
+
+def sparse(planner: str, rewrite: str, density: float) -> Makes:
+    """Masks whose sparsity differs from place to place; that share of the parameters stays."""
+
+    def make(lab: Lab, keep: float) -> Sequence[Step]:
+        return PLANNERS.make(planner, {"rewrite": rewrite}).plan(None, Budget(keep=density), lab.anatomy, Bench(lab))
+
+    return make
 
 
 def runs(rewrite: str, size: int = 2, **options: object) -> Makes:
@@ -156,6 +170,22 @@ ROWS: dict[str, Makes] = {
     ],
     "flatten: pairs": runs("flatten"),
     "mixed: drop, narrow, rank": by("mixed", moves=("drop", "narrow", "rank")),
+    "fusegpt, 2 epochs": fused,
+    "foldgpt: gates": by("foldgpt"),
+    "foldgpt: pairs share": runs("foldgpt"),
+    "sret: pairs share": runs("sret"),
+    "stable-rps: pairs share": runs("stable-rps"),
+    "basis-sharing: pairs": by("d-rank", size=2),
+    "hesso": by("hesso"),
+    "search: default, greedy": by("default"),
+    "search: SLEB": by("sleb"),
+    "search: beam": by("beam"),
+    "search: EvoPress, blocks": by("evopress-blocks"),
+    "search: EvoPress": by("evopress"),
+    "search: TraceNAS": by("tracenas"),
+    "search: N2N": by("n2n"),
+    "layerboost": by("layerboost", metric="kv_bytes", linear=0.2),
+    "mixed, healed for 8 steps": by("mixed", moves=("drop", "narrow", "rank"), probe=8),
     "parallel: 4 blocks": each("parallel", 4 / 30),
     "ladder: 4 blocks": each("ladder", 4 / 30),
     "window 64, 4 sinks: 15 attentions": attentions("window", 0.5, window=64, sinks=4),
@@ -163,9 +193,16 @@ ROWS: dict[str, Makes] = {
     "replace by a low-rank map: 6 attentions": attentions("replace", 0.2, by="low-rank", rank=64),
     "wanda 50 %": maps("wanda", sparsity=0.5),
     "wanda 2:4": maps("wanda", pattern="2:4"),
+    "wanda, OWL, 60 % stay": sparse("owl", "wanda", 0.6),
+    "wanda, ER, 60 % stay": sparse("er", "wanda", 0.6),
+    "wanda, SAP": sparse("sap", "wanda", 0.6),
+    "SparseGPT 50 %": maps("sparsegpt", sparsity=0.5),
+    "SparseGPT 2:4": maps("sparsegpt", pattern="2:4"),
     "Q8_0, rounded": maps("round", type="Q8_0"),
     "Q4_0, rounded": maps("round", type="Q4_0"),
     "Q4_0, GPTQ": maps("gptq", type="Q4_0"),
+    "Q4_0, RSQ": maps("rsq", type="Q4_0"),
+    "Q4_0, SliderQuant": maps("sliderquant", type="Q4_0"),
     "Q4_0, rounded, EoRA of rank 32": maps("eora", over={"rewrite": "round", "options": {"type": "Q4_0"}}, rank=32),
 }
 

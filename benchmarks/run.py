@@ -1,8 +1,8 @@
 """Run all benchmarks, one after the other, and write benchmarks/RESULTS.md.
 
-python benchmarks/run.py [survey finercut speed damage quality mixed streaming study] [-- options of every benchmark]
+python benchmarks/run.py [survey finercut speed damage quality mixed latency rewrites streaming study] [-- options]
 
-Without names: all but the last two, which take much disk and real models made by tools/.
+Without names: all but the last four: two take an hour, two much disk and real models made by tools/.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 ALL = ("survey", "finercut", "speed", "damage", "quality", "mixed")
-APART = ("streaming", "study")
+APART = ("latency", "rewrites", "streaming", "study")
 TITLES = {
     "survey": "The survey against one plain forward",
     "finercut": "FinerCut's search",
@@ -22,6 +22,8 @@ TITLES = {
     "damage": "Predicted damage against exact leave-one-out",
     "quality": "Quality without healing at the same number of parameters",
     "mixed": "Mixed plans at equal bytes, and predicted against measured damage",
+    "latency": "Latency promised and measured",
+    "rewrites": "Every kind of rewrite at one budget",
     "streaming": "A survey of 7 billion parameters from disk",
     "study": "Which measure predicts the damage of leaving a site out",
 }

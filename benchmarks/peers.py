@@ -218,7 +218,7 @@ def main() -> None:
     head = (
         f"# lamina beside its peers\n\nWritten by `{command}`, {datetime.date.today()}; {machine(given.threads)}.\n\n"
         f"Dense: perplexity {dense.get('perplexity')}, {dense.get('megabytes')} MB. Each tool calibrates on the same "
-        f"{given.sequences} x 512 tokens; perplexity is of 8 x 512 held-out ones, without training; speeds are ratios to "
+        f"{given.sequences} x 512 tokens; perplexity is of 8 x 512 held-out ones, untrained; speeds are ratios to "
         "the dense model, median and range of rounds in turn; seconds and peak memory are of the tool's own work, the "
         f"model's loading among it. {pins}.\n\n"
     )

@@ -34,15 +34,14 @@ TORCH = "torch==2.13.0"
 
 @dataclass(frozen=True)
 class Peer:
-    """A tool, the packages of its environment, the one that judges its checkpoints, and tasks: name → what it is."""
+    """A tool, the packages of its environment, whose environment its checkpoints are judged in, tasks: name → what."""
 
     name: str
     pins: tuple[str, ...]
     tasks: dict[str, str] = field(default_factory=dict)
-    judge: str = "transformers"
+    judge: str = "torch-pruning"
 
 
-JUDGE = Peer("transformers", ("transformers==5.23.0",))
 PEERS = (
     Peer("mergekit", ("mergekit==0.1.5",), {"blocks-8": "8 blocks dropped"}),
     Peer(
@@ -68,7 +67,7 @@ PEERS = (
     ),
     Peer(
         "llm-drop",
-        ("transformers==4.44.2", "accelerate==0.34.2", "numpy<2"),
+        ("transformers==4.44.2", "accelerate==1.15.0", "numpy<2"),
         {
             "attention-8": "8 attentions dropped",
             "attention-15": "15 attentions dropped",
@@ -93,6 +92,7 @@ PEERS = (
         judge="lamina",
     ),
 )
+BY_NAME = {p.name: p for p in PEERS}
 OWN = frozenset({"lamina"})
 """These run in the environment of this script."""
 
@@ -155,7 +155,7 @@ class Bench:
             return (what, peer.name, *told, f"{made['seconds']:.0f}", f"{made['peak_mb']}", "")
         speeds = (f"{m:.2f} [{a:.2f}, {b:.2f}]" for m, a, b in (found["prefill"], found["decode"]))
         loads = "transformers" + (", remote code" if found["remote"] else "")
-        if peer.judge not in ("transformers", *OWN):
+        if peer.judge not in (Peer.judge, *OWN):
             loads += f" with {peer.judge}"
         if found["missing"]:
             loads += f", {found['missing']} tensors missing"
@@ -164,7 +164,7 @@ class Bench:
 
     def judged(self, peer: Peer, out: Path) -> tuple[dict[str, Any] | None, str]:
         """Quality, size and speed of a checkpoint."""
-        by = next((p for p in PEERS if p.name == peer.judge), JUDGE)
+        by = BY_NAME[peer.judge]
         command = [python(by, self.work), str(SCRIPTS / "judge.py"), "--dense", str(self.work / "dense"), "--thin"]
         text_ = ["--heldout", str(self.work / "heldout.safetensors"), "--rounds", str(self.given.rounds)]
         return last([*command, str(out), *text_, "--threads", str(self.given.threads)], self.given.threads)
@@ -211,7 +211,7 @@ def main() -> None:
     bench = Bench(prepared(given), given)
     rows = sorted(bench.rows(), key=lambda r: (list(WHAT).index(r[0]) if r[0] in WHAT else 99, r[1]))
     names = ("what", "tool", "perplexity", "MB", "prefill", "decode", "seconds", "peak MB", "loads in")
-    dense = bench.judged(JUDGE, bench.work / "dense")[0] or {}
+    dense = bench.judged(BY_NAME["torch-pruning"], bench.work / "dense")[0] or {}
     words = [Path(w).name if "/" in w else w for w in sys.argv[1:]]
     pins = ", ".join(f"{p.name}: {' '.join(p.pins)}" for p in PEERS if p.pins)
     command = shlex.join(["python", "benchmarks/peers.py", *words])

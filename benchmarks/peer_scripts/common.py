@@ -50,5 +50,6 @@ def told(work: Callable[[], dict[str, Any] | None]) -> None:
     began = time.perf_counter()
     found = work() or {}
     seconds = time.perf_counter() - began
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    peak = max(resource.getrusage(w).ru_maxrss for w in who) / 1024
     print("\n" + json.dumps({**found, "seconds": round(seconds, 1), "peak_mb": round(peak)}))

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from lamina.core.documents import Evidence, Step
-from lamina.core.errors import InputError
+from lamina.core.errors import InputError, UnsupportedError
 from lamina.core.registry import EVALUATORS
+from lamina.core.speeds import NO_GAIN
+from lamina.evaluators import _resident
 from lamina.evaluators._live import LiveTensors, peak_of
-from lamina.evaluators.memory import Memory
+from lamina.evaluators.memory import Memory, peak, resident
 from lamina.evaluators.size import Size
 from lamina.evaluators.speed import Speed
 from lamina.lab import Lab, workloads
@@ -76,6 +79,22 @@ def test_dense_and_thinned_take_turns_and_drift_falls_on_both(
     assert found["prefill", "thinned"].value == pytest.approx(16 / (2.0 * drifts[1]))
     assert found["prefill", "dense"].n == 3
     assert ("decode", "ratio") not in found
+
+
+def test_no_gain_is_said_where_there_is_none(pair: tuple[Any, Lab], monkeypatch: pytest.MonkeyPatch) -> None:
+    dense, lab = pair
+    Clock(monkeypatch, {id(dense): 4.0, id(lab.model): 2.0})
+    assert NO_GAIN not in named(Speed(**QUICK).evaluate(lab, reference=dense))["prefill", "ratio"].how
+    monkeypatch.undo()
+    Clock(monkeypatch, {id(dense): 2.0, id(lab.model): 4.0})
+    slow = named(Speed(**QUICK).evaluate(lab, reference=dense))["prefill", "ratio"]
+    assert slow.how.endswith("; **no gain**: the thinned model is slower")
+    monkeypatch.undo()
+    masked = Lab(tiny("llama"), text())
+    Clock(monkeypatch, {id(dense): 4.0, id(masked.model): 2.0})
+    chance = named(Speed(**QUICK).evaluate(masked, reference=dense))["prefill", "ratio"]
+    assert chance.value == pytest.approx(2.0)
+    assert "**no gain**: all shapes are as before" in chance.how
 
 
 def test_all_numbers_are_there_and_nothing_stays_behind(pair: tuple[Any, Lab]) -> None:
@@ -178,6 +197,46 @@ def test_memory_counts_weights_cache_and_logits(pair: tuple[Any, Lab]) -> None:
     assert whole.value > own.value
     assert found["peak_memory", "ratio"].value == pytest.approx(own.value / whole.value)
     assert set(named(Memory(length=64).evaluate(lab, reference=None))) == {("peak_memory", "thinned")}
+
+
+def test_memory_is_told_by_parts(pair: tuple[Any, Lab]) -> None:
+    dense, lab = pair
+    bench = Workloads(lab, 2)
+    for model, anatomy in ((dense, Lab(dense, text()).anatomy), (lab.model, lab.anatomy)):
+        found = peak(bench, model, bench.ids(32))
+        total = anatomy.total()
+        assert found.weights == total.bytes
+        assert found.kv == 2 * 32 * total.kv_bytes
+        assert found.activations > 0
+        assert found.total == found.weights + found.kv + found.activations
+    own = named(Memory(batch=2, length=32).evaluate(lab, reference=dense))["peak_memory", "thinned"]
+    assert own.value == found.total
+    assert own.how.endswith(" activations")
+    assert f"{found.weights / found.total:.0%} weights" in own.how
+
+
+def test_resident_memory_as_the_system_tells_it(tmp_path: Path) -> None:
+    status = tmp_path / "status"
+    status.write_text("Name:\tx\nVmHWM:\t   2048 kB\nVmRSS:\t    100 kB\n", encoding="utf-8")
+    assert _resident.resident(status) == 100 * 1024
+    assert _resident.peak(status) == 2048 * 1024
+    assert _resident.peak(tmp_path / "nothing") is None
+    reset = tmp_path / "clear_refs"
+    _resident.forget(reset)
+    assert reset.read_text() == "5"
+    _resident.forget(tmp_path / "no" / "folder")
+
+
+@pytest.mark.slow
+def test_a_fresh_process_tells_its_peak(tmp_path: Path) -> None:
+    tiny("llama").save_pretrained(tmp_path / "model")  # type: ignore[operator]
+    job = {"dtype": "float32", "trust_remote_code": False, "prompt": [[5, 6, 7]], "decode": 2, "threads": 1}
+    most, before = resident({**job, "spec": str(tmp_path / "model")})
+    assert (most is None) == (before is None)
+    assert most is None or before is None or most > before > 10_000_000
+    with pytest.raises(UnsupportedError, match="resident memory failed: ") as caught:
+        resident({**job, "spec": str(tmp_path / "nothing")})
+    assert "\n" not in str(caught.value)
 
 
 def test_size_is_counted(pair: tuple[Any, Lab]) -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lamina.core.documents import Evidence
 from lamina.core.registry import evaluator
-from lamina.maths.bootstrap import median_interval
+from lamina.core.speeds import NO_GAIN, no_gain
+from lamina.evaluators.engines import ORDER, alike, in_turn, spread
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,10 +25,13 @@ WORK = ("prefill", "decode")
 
 @dataclass
 class _Times:
-    """Seconds per round, of both models; and the share of the dense model's time that the dropped parts took."""
+    """Seconds per round, of both models, whether all their shapes are the same, and the share of the dense model's time
+    that the dropped parts took.
+    """
 
     thinned: list[float] = field(default_factory=list[float])
     dense: list[float] = field(default_factory=list[float])
+    alike: bool = False
     share: list[float] = field(default_factory=list[float])
 
 
@@ -77,13 +81,14 @@ class Speed:
 
         bench = Workloads(lab, self.batch)
         runs = self._runs(bench)
-        found = {work: _Times() for work in WORK}
+        same = reference is not None and alike(reference, lab.model)
+        found = {work: _Times(alike=same) for work in WORK}
         dense = Anatomy.of(reference) if reference is not None and self.gone else None
-        order = ["thinned", "thinned"] if reference is None else ["dense", "thinned", "thinned", "dense"]
+        order = ("thinned", "thinned") if reference is None else ORDER
         models: dict[str, Any] = {"thinned": lab.model, "dense": reference}
         for number in range(-self.warmups, self.rounds):
             for work, run in runs.items():
-                seconds = _in_turn(run, models, order)
+                seconds = in_turn(lambda who, run=run: run(models[who]), order)
                 share = self._share(bench, run, reference, dense) if dense is not None else None
                 if number >= 0:
                     _note(found[work], seconds, share)
@@ -124,7 +129,9 @@ class Speed:
                 rows.append(self._row(work, of, "tokens/s", values, how, ends))
         if times.dense:
             paired = np.array(times.dense) / np.array(times.thinned)
-            rows.append(self._row(work, "ratio", "", paired, f"{how}, dense and thinned interleaved", ends))
+            ratio = self._row(work, "ratio", "", paired, f"{how}, dense and thinned interleaved", ends)
+            reason = no_gain(ratio.low, ratio.high, alike=times.alike)
+            rows.append(replace(ratio, how=f"{ratio.how}; {NO_GAIN}: {reason}") if reason else ratio)
         if times.share:
             promised = 1 / (1 - np.array(times.share))
             what = f"1 / (1 − share of the dropped parts in the dense model's time); {how}"
@@ -132,18 +139,8 @@ class Speed:
         return rows
 
     def _row(self, name: str, of: Any, unit: str, values: Any, how: str, ends: dict[str, Any]) -> Evidence:
-        low, high = median_interval(values, seed=self.seed) or (None, None)
-        value = float(statistics.median(values))
-        return Evidence(name=name, value=value, unit=unit, of=of, low=low, high=high, how=how, **ends)
-
-
-def _in_turn(
-    run: Callable[[Any], float | None], models: dict[str, Any], order: Sequence[str]
-) -> dict[str, list[float | None]]:
-    found: dict[str, list[float | None]] = {who: [] for who in order}
-    for who in order:
-        found[who].append(run(models[who]))
-    return found
+        found = spread(values, self.seed)
+        return Evidence(name=name, value=found.value, unit=unit, of=of, low=found.low, high=found.high, how=how, **ends)
 
 
 def _note(times: _Times, seconds: dict[str, list[float | None]], share: float | None) -> None:

@@ -40,19 +40,25 @@ class Workloads:
         """One forward with a cache; logits of the last position alone where the model can (as `generate` asks)."""
         return model(input_ids=ids, **_asks(model, use_cache=True, logits_to_keep=1))
 
-    @torch.no_grad()
     def decode(self, model: nn.Module, ids: Tensor, steps: int) -> float | None:
         """Seconds for `steps` greedy tokens after the prompt `ids`, one by one; None for a model without a cache."""
+        return self.answer(model, ids, steps)[1]
+
+    @torch.no_grad()
+    def answer(self, model: nn.Module, ids: Tensor, steps: int) -> tuple[float, float | None]:
+        """Seconds of the prefill of the prompt `ids`, and of `steps` greedy tokens behind it, as `decode` has them."""
+        begin = clock(self.device)
         out = self.prefill(model, ids)
+        read = clock(self.device) - begin
         cache = getattr(out, "past_key_values", None)
         if cache is None:
-            return None
+            return read, None
         token = out.logits[:, -1:].argmax(-1)
         start = clock(self.device)
         for _ in range(steps):
             out = model(input_ids=token, past_key_values=cache, use_cache=True)
             cache, token = out.past_key_values, out.logits[:, -1:].argmax(-1)
-        return clock(self.device) - start
+        return read, clock(self.device) - start
 
 
 def _asks(model: nn.Module, **wishes: Any) -> Mapping[str, Any]:
@@ -100,3 +106,31 @@ def modules_of(anatomy: Anatomy, sites: Iterable[str]) -> tuple[str, ...]:
             branch = anatomy.branch(site)
             found += [f"{block.path}.{path}" for path in (branch.core, *branch.own)]
     return tuple(found)
+
+
+def vocabulary_of(model: nn.Module) -> Mapping[str, str]:
+    """`embedding` and `head` → their paths, as far as the model tells them and they are modules of their own."""
+    asked = {"embedding": "get_input_embeddings", "head": "get_output_embeddings"}
+    found = {name: ask() for name, way in asked.items() if (ask := getattr(model, way, None)) is not None}
+    paths = {id(module): path for path, module in model.named_modules()}
+    return {name: paths[id(module)] for name, module in found.items() if module is not None and id(module) in paths}
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of all tensors that a cache holds, views of one storage once."""
+    sizes: dict[int, int] = {}
+    seen: set[int] = set()
+    waiting = [cache]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, Tensor):
+            sizes[item.untyped_storage()._cdata] = item.untyped_storage().nbytes()
+        elif id(item) not in seen:
+            seen.add(id(item))
+            if isinstance(item, Mapping):
+                waiting += item.values()
+            elif isinstance(item, list | tuple):
+                waiting += item
+            elif hasattr(item, "__dict__") and not isinstance(item, type | nn.Module):
+                waiting += vars(item).values()
+    return sum(sizes.values())

@@ -14,6 +14,9 @@ from lamina.testing import checks_for, known_failures
 LONG = ("narrow", "replace", "share")
 """Rewrites that are tried on so many kinds of sites that it takes more than half a minute."""
 
+TRACED = ("onnx",)
+"""Exporters that trace the model by a compiler, which takes seconds each time."""
+
 
 def runs_much(card: Card) -> bool:
     """Whether a measure takes gradients, or leaves sites out: these have a file of their own."""
@@ -28,10 +31,10 @@ def alone(method: type) -> bool:
 def variant(method: type) -> bool:
     """Whether a rewrite is another one with other numbers, which is tried in every run; or changes numbers alone.
 
-    Or it is a method on trial that takes long: a rewrite, or a planner that searches.
+    Or it is a method on trial that takes long: a rewrite, a planner that searches, or an exporter that traces.
     """
     card: Card = method.card  # type: ignore[attr-defined]
-    if card.role == "rewrite" and card.name in LONG:
+    if (card.role == "rewrite" and card.name in LONG) or (card.role == "exporter" and card.name in TRACED):
         return True
     searches = card.role == "planner" and card.needs >= Need.GRADIENT and card.name != "knapsack"
     if (card.role == "rewrite" or searches) and card.status is Status.EXPERIMENTAL:

@@ -67,6 +67,15 @@ class Layout:
         return gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.LLAMA if alike and self.heads[0] else gguf.MODEL_ARCH.DECI]
 
 
+def layout_of(filled: Sequence[BlockWeights], head_dim: int) -> Layout:
+    """The layout of blocks as `fill` gives them."""
+    return Layout(
+        tuple(b.heads(head_dim) for b in filled),
+        tuple(b.kv_heads(head_dim) for b in filled),
+        tuple(b.width for b in filled),
+    )
+
+
 def write_gguf(  # noqa: PLR0913
     path: Path,
     config: Any,
@@ -97,11 +106,7 @@ def write_gguf(  # noqa: PLR0913
     filled = fill(tuple(blocks), config.hidden_size, head_dim)
     if not filled:
         raise UnsupportedError("no block is left, and llama.cpp needs at least one")
-    layout = Layout(
-        tuple(b.heads(head_dim) for b in filled),
-        tuple(b.kv_heads(head_dim) for b in filled),
-        tuple(b.width for b in filled),
-    )
+    layout = layout_of(filled, head_dim)
     vocabulary = read_vocabulary(tokenizer_source, embedding.shape[0])
     with atomic(path) as draft:
         writer = gguf.GGUFWriter(draft, layout.architecture)

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lamina.core.documents import Budget, Receipt
+from lamina.core.documents import Budget, Evidence, EvidenceFile, Plan, Receipt
+from lamina.core.papers import Paper
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 SHOWN = 12
@@ -30,21 +31,80 @@ class Facts:
     """The name of the Auto class that loads it."""
 
 
-def card(facts: Facts) -> str:
+@dataclass(frozen=True, kw_only=True)
+class More:
+    """What an exported folder's card says beyond: the plan, what was measured, whom to cite, how it is loaded.
+
+    `licence` is the base's, where it is known.
+    """
+
+    plan: Plan | None = None
+    evidence: EvidenceFile | None = None
+    papers: tuple[Paper, ...] = ()
+    licence: str = ""
+    loading: tuple[str, ...] = ()
+    library: str = "transformers"
+
+
+def card(facts: Facts, more: More | None = None) -> str:
     """README.md with the front matter that model hubs read; the same facts give the same bytes."""
+    more = more or More()
     title = facts.name or facts.architecture
     task = ["pipeline_tag: text-generation"] if facts.loader == "AutoModelForCausalLM" else []
-    head = ["---", "library_name: transformers", *task, "tags: [lamina, layer-pruning]"]
+    head = ["---", f"library_name: {more.library}", *task, "tags: [lamina, layer-pruning]"]
     if HUB_ID.fullmatch(facts.name):
         head.append(f"base_model: {facts.name}")
-    head += ["# license: fill in before you publish; the dense model's licence goes with its weights", "---"]
+    own = f"license: {more.licence.lower()}"
+    head += [own if more.licence else "# license: fill in before you publish; the dense model's goes with its weights"]
+    head += ["---"]
     parts = [*head, "", f"# {title}, thinned", "", _done(facts, title), "", *_table(facts), *_budget(facts.budget)]
     if facts.healed:
         rows = ", ".join(f"{k} {v}" for k, v in facts.healed.items())
         parts += ["", f"Healed: {rows}."]
-    parts += ["", "## Load it", "", *_loading(facts), "", "## Licence", ""]
-    parts += ["Not stated yet. The weights are the dense model's, so its licence applies to them.", ""]
+    parts += _plan(more.plan) + _evidence(more.evidence)
+    parts += ["", "## Load it", "", *(more.loading or _loading(facts)), "", "## Licence", ""]
+    known = f"{more.licence}, the dense model's: it" if more.licence else "Not stated yet. The dense model's licence"
+    parts += [f"{known} applies to the weights.", *_citations(more.papers), ""]
     return "\n".join(parts)
+
+
+def _plan(plan: Plan | None) -> list[str]:
+    """Every step of the plan, with what it was chosen by."""
+    if plan is None:
+        return []
+    rows = []
+    for step in plan.steps:
+        why = ", ".join(f"{k} {v:.4g}" for k, v in list(step.why.items())[:SHOWN])
+        rows.append(f"| {step.rewrite} | {_named(list(step.sites))} | {why} |")
+    return [
+        "",
+        f"## Plan, by the recipe `{plan.recipe}`",
+        "",
+        "| rewrite | sites | why |",
+        "| --- | --- | --- |",
+        *rows,
+    ]
+
+
+def _evidence(found: EvidenceFile | None) -> list[str]:
+    """Every measured number with its 95 % interval, and what was noted."""
+    if found is None:
+        return []
+    rows = [f"| {e.name} | {e.of} | {_measured(e)} | {e.n or ''} | {e.how} |" for e in found.evidence]
+    head = ["| what | of | value, 95 % interval | n | how |", "| --- | --- | ---: | ---: | --- |"]
+    return ["", "## Evidence", "", *head, *rows]
+
+
+def _measured(e: Evidence) -> str:
+    bounds = e.of != "contract" and e.low is not None and e.high is not None
+    spread = f" [{e.low:.4g}, {e.high:.4g}]" if bounds else f" (at most {e.high:.1g})" if e.high is not None else ""
+    return f"{e.value:.5g}{spread}{' ' + e.unit if e.unit else ''}"
+
+
+def _citations(papers: tuple[Paper, ...]) -> list[str]:
+    if not papers:
+        return []
+    return ["", "## Cite", "", "```bibtex", *(p.bibtex() for p in papers), "```"]
 
 
 def version() -> str:

@@ -49,7 +49,7 @@ class Gguf:
         from lamina.exporters._gguf_tensors import inspect
         from lamina.exporters._gguf_vocab import read_vocabulary
 
-        found = [problem for receipt in receipts for problem in _receipt_problems(receipt)]
+        found = [problem for receipt in receipts for problem in receipt_problems(receipt)]
         if model is not None:
             found += inspect(model)
         if tokenizer_source is not None:
@@ -100,7 +100,8 @@ def tokenizer_of(run: Any) -> Any:
     raise InputError("no tokenizer to write into the GGUF file", where=type(run).__name__)
 
 
-def _receipt_problems(receipt: Receipt) -> list[Problem]:
+def receipt_problems(receipt: Receipt) -> list[Problem]:
+    """Why GGUF's `llama` and `deci` can't hold what this receipt's rewrite makes; empty where they can."""
     from lamina.anatomy.families import llama_gguf as family
 
     if receipt.rewrite not in family.REWRITES:

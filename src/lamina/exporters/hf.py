@@ -131,7 +131,7 @@ def save_checkpoint(
             name, type(model).__name__, kind, tuple(receipts), budget, healed or {}, tokenizer is not None, loader
         )
         (draft / "README.md").write_text(card(facts), encoding="utf-8")
-        _settle(draft)
+        settle(draft)
     return sorted(p for p in to.rglob("*") if p.is_file())
 
 
@@ -229,8 +229,8 @@ def _plain_generation(model: Any) -> Iterator[Any]:
         yield None
 
 
-def _settle(folder: Path) -> None:
-    """One access mode for all files (safetensors are written owner-only), and all of them on the disk."""
+def settle(folder: Path) -> None:
+    """One access mode for all files (safetensors are written owner-only), that of the README, and all on the disk."""
     mode = (folder / "README.md").stat().st_mode
     for path in folder.rglob("*"):
         if path.is_file():

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 MADE = ("plan.yaml", "receipts.json", "model")
 """What a run has decided and done: while there is none of it, another recipe may take the folder over."""
-RESULTS = ("evidence.json", "model.gguf", "report.html")
+RESULTS = ("evidence.json", "ladder.json", "model.gguf", "model.Modelfile", "speed.json", "report.html")
 """What is known of `model/`, and goes when another checkpoint is published."""
 SMALL = 1 << 20
 """Bytes up to which a file of a published folder is read to tell whether it was changed."""
@@ -157,7 +157,7 @@ class Run:
         self.log(f"{name} begins")
         began = time.monotonic()
         try:
-            with self._alone():
+            with self._alone(), self._watched(name):
                 yield True
         except Exception as error:
             if isinstance(error, LaminaError) or _errno(error) not in UNWRITABLE:
@@ -186,6 +186,19 @@ class Run:
             yield
         finally:
             os.close(folder)
+
+    @contextlib.contextmanager
+    def _watched(self, name: str) -> Iterator[None]:
+        """Inside, progress is also written down for `lamina watch`."""
+        from lamina.pipeline.live import live
+
+        shown = self.progress
+        with live(self.state, name, shown) as noted:
+            self.progress = noted
+            try:
+                yield
+            finally:
+                self.progress = shown
 
     def _note(self, name: str, facts: Mapping[str, Any], outputs: Sequence[str]) -> None:
         prints = {o: _print(self.folder / o) for o in outputs if (self.folder / o).exists()}

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lamina.core import registry
-from lamina.core.documents import Budget, Evidence, EvidenceFile, Plan, Receipt, Receipts, plain
+from lamina.core.documents import Evidence, EvidenceFile, Plan, Receipt, Receipts, plain
 from lamina.core.errors import InputError
-from lamina.core.files import atomic, fingerprint, sweep
+from lamina.core.files import fingerprint, sweep
 from lamina.core.papers import Need, Status
 from lamina.core.sites import SUBLAYERS, Kind
 from lamina.lab.order import informed, merged
+from lamina.pipeline import proving
 from lamina.pipeline.checks import check, fitting, seeded
 from lamina.pipeline.choosing import choose, options_of, price
+from lamina.pipeline.exporting import export, summary
+from lamina.pipeline.proving import ITEMS
 from lamina.pipeline.run import Run
 from lamina.pipeline.scoring import Desk, How
 from lamina.pipeline.table import PARTS, SURVEY, write_parts, write_survey
@@ -137,7 +139,7 @@ def _publish(run: Run, model: Any, receipts: Receipts) -> None:
 
     draft, dense = run.state / "draft", run.loaded
     shutil.rmtree(draft, ignore_errors=True)
-    about: dict[str, Any] = {"name": dense.name, "budget": run.plan().budget, "healed": _summary(receipts.healed)}
+    about: dict[str, Any] = {"name": dense.name, "budget": run.plan().budget, "healed": summary(receipts.healed)}
     try:
         save_checkpoint(model, receipts.receipts, dense.tokenizer, draft, **about)
         run.say("checking that the checkpoint reloads in a fresh process")
@@ -147,11 +149,6 @@ def _publish(run: Run, model: Any, receipts: Receipts) -> None:
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     run.adopt(model)
-
-
-def _summary(healed: Mapping[str, Any]) -> dict[str, Any]:
-    """What the model card says of the healing: all but the course of the loss."""
-    return {k: v for k, v in healed.items() if k != "history"}
 
 
 def applied(run: Run) -> Receipts:
@@ -214,27 +211,41 @@ def _sitting(run: Run, inputs: Sequence[object]) -> Path:
 EVALUATORS = ("quality", "size", "speed", "memory")
 
 
-def prove(run: Run) -> EvidenceFile:
-    """Measure on held-out text what the plan cost, dense and thinned side by side."""
-    from lamina.lab import Lab
+def prove(run: Run, tasks: str | None = None, items: int = ITEMS) -> EvidenceFile:
+    """Measure on held-out text what the plan cost, dense and thinned side by side; and by `tasks`, if any are named.
 
+    `tasks` are names between commas or `offline`, of each at most `items` items. Without it tasks that were done on the
+    same models stay. Raises InputError for an unknown task, before any work.
+    """
     receipts = applied(run)
     inputs = [plain(receipts), run.tokens.fingerprint, EVALUATORS, run.recipe.dtype, run.recipe.seed]
-    with run.verb("prove", inputs, ["evidence.json"]) as work:
+    asked = proving.asked(run, tasks, items, inputs)
+    with run.verb("prove", [*inputs, *asked.inputs], ["evidence.json"], **asked.facts(inputs)) as work:
         if work:
-            text = run.tokens.heldout
-            lab = Lab(run.thinned, text, seed=run.recipe.seed, progress=run.progress)
-            found: list[Evidence] = _expected(run)
-            gone = tuple(s for r in receipts.receipts if r.rewrite == "drop" for s in r.sites)
-            for name in EVALUATORS:
-                run.say(f"measuring {name}")
-                given = {**fitting(run.loaded.model, name), **({"gone": gone} if name == "speed" else {})}
-                evaluator = registry.EVALUATORS.make(name, seeded(registry.EVALUATORS, name, run, given))
-                found += evaluator.evaluate(lab, reference=run.loaded.model)
-            contract = run.state / "contract.json"
-            found += EvidenceFile.load(contract).evidence if contract.is_file() else ()
-            EvidenceFile(evidence=tuple(found), notes=notes(run, receipts)).save(run.path("evidence.json"))
+            found = proving.measured(run, inputs, lambda: _measure(run, receipts)) if asked else _measure(run, receipts)
+            said = notes(run, receipts)
+            if asked:
+                rows, lines = proving.answered(run, asked, receipts)
+                found, said = (*found, *rows), (*said, *lines)
+            EvidenceFile(evidence=tuple(found), notes=said).save(run.path("evidence.json"))
+            proving.forget(run)
     return run.evidence()
+
+
+def _measure(run: Run, receipts: Receipts) -> tuple[Evidence, ...]:
+    """What the evaluators find, what the plan expected, and the reload contract."""
+    from lamina.lab import Lab
+
+    lab = Lab(run.thinned, run.tokens.heldout, seed=run.recipe.seed, progress=run.progress)
+    found: list[Evidence] = _expected(run)
+    gone = tuple(s for r in receipts.receipts if r.rewrite == "drop" for s in r.sites)
+    for name in EVALUATORS:
+        run.say(f"measuring {name}")
+        given = {**fitting(run.loaded.model, name), **({"gone": gone} if name == "speed" else {})}
+        evaluator = registry.EVALUATORS.make(name, seeded(registry.EVALUATORS, name, run, given))
+        found += evaluator.evaluate(lab, reference=run.loaded.model)
+    contract = run.state / "contract.json"
+    return (*found, *(EvidenceFile.load(contract).evidence if contract.is_file() else ()))
 
 
 def _expected(run: Run) -> list[Evidence]:
@@ -251,9 +262,14 @@ def _expected(run: Run) -> list[Evidence]:
 
 
 def notes(run: Run, receipts: Receipts) -> tuple[str, ...]:
-    """Which engine loads the checkpoint, truthfully; and what rewrites say that costs do not (`remarks`)."""
+    """Which engine loads the checkpoint, truthfully; and what rewrites say that costs do not."""
     from lamina.exporters.verdict import verdicts
 
+    return (*verdicts(receipts.receipts, run.thinned), *remarks(receipts))
+
+
+def remarks(receipts: Receipts) -> tuple[str, ...]:
+    """What rewrites say of their receipts that costs do not."""
     known = set(registry.REWRITES)
     methods = [
         (getattr(registry.REWRITES.method(r.rewrite), "remarks", None), r)
@@ -261,46 +277,7 @@ def notes(run: Run, receipts: Receipts) -> tuple[str, ...]:
         if r.rewrite in known
     ]
     said = (line for remarks, r in methods if remarks for line in remarks(r))
-    return (*verdicts(receipts.receipts, run.thinned), *dict.fromkeys(said))
-
-
-@dataclass(frozen=True)
-class _Made:
-    """What exporters ask for beside the model: see `HuggingFace.export` and `Gguf.export`."""
-
-    receipts: Receipts
-    budget: Budget
-    name: str
-    tokenizer: Any
-    source: str
-    path: Path | None
-
-
-def export(run: Run, to: Path | None = None, kind: str = "hf", options: dict[str, Any] | None = None) -> list[Path]:
-    """Write the thinned model for another engine; `model/` is the Hugging Face checkpoint already."""
-    receipts = run.receipts()
-    exporter = registry.EXPORTERS.make(kind, options)
-    for problem in exporter.check(receipts.receipts):
-        raise problem.error()
-    if kind == "hf" and to is None:
-        return [run.path("model")]
-    place = to or run.path("model.gguf" if kind == "gguf" else kind)
-    if kind == "hf":
-        if options:
-            raise InputError("options have no effect: model/ is copied as it was checked", where="export to hf")
-        return _copied(run.path("model"), place)
-    dense = run.loaded
-    made = _Made(receipts, run.recipe.budget, dense.name, dense.tokenizer, dense.source, dense.path)
-    return list(exporter.export(run.thinned, made, place))
-
-
-def _copied(published: Path, to: Path) -> list[Path]:
-    """The published checkpoint, file by file as it was checked, in a new folder."""
-    if to.exists() and not (to.is_dir() and not any(to.iterdir())):
-        raise InputError("there is something here already", where=to, hint="choose a new folder")
-    with atomic(to) as draft:
-        shutil.copytree(published, draft)
-    return sorted(p for p in to.rglob("*") if p.is_file())
+    return tuple(dict.fromkeys(said))
 
 
 def thin(run: Run) -> Run:

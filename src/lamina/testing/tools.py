@@ -158,9 +158,9 @@ def check_unknown_evaluator_option_is_refused(method: Any) -> None:
 
 
 def _exported(method: Any, to: Path) -> tuple[list[Path], nn.Module]:
-    bench, _, receipt = thinned(vocab_size=300)
+    bench, dense, receipt = thinned(vocab_size=300, intermediate_size=256)
     run = SimpleNamespace(
-        receipts=(receipt,), tokenizer=tokenizer(), name="tiny", source="memory", path=None, budget=None
+        receipts=(receipt,), tokenizer=tokenizer(), name="tiny", source="memory", path=None, budget=None, dense=dense
     )
     before = picture(bench.model)
     files = list(made(method).export(bench.model, run, to))

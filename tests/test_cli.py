@@ -18,6 +18,7 @@ import torch
 from lamina.cli import app
 from lamina.core import registry
 from lamina.core.documents import EvidenceFile, Receipts
+from lamina.exporters.ladder import TARGETS, Ladder
 
 ENTRY = [sys.executable, "-m", "lamina"]
 COMMANDS = sorted(c.name or c.callback.__name__ for c in app.registered_commands if c.callback)
@@ -150,7 +151,7 @@ def test_one_whole_run_through_the_console_entry(bench: Path, tmp_path: Path) ->
     assert f"report {run / 'report.html'}" in done.stdout.replace("\n", " ")
     assert "surveying 12 sites" in done.stdout
     names = {"recipe.yaml", "plan.yaml", "survey.parquet", "receipts.json", "evidence.json", "model", "model.gguf"}
-    names |= {"survey-grids.parquet"}
+    names |= {"survey-grids.parquet", "ladder.json", "model.Modelfile"}
     assert {p.name for p in run.iterdir()} == names | {"report.html", "log.txt", ".state"}
     assert tiny_run.left_behind(run) == []
     found = EvidenceFile.load(run / "evidence.json")
@@ -270,7 +271,8 @@ def test_export_to_a_folder_is_what_was_checked(
     code, out, err = lamina("export", run, "--to", to)
     assert (code, err) == (0, "")
     assert str(to / "config.json") in out.replace("\n", "")
-    assert tiny_run.contents(to) == tiny_run.contents(run / "model")
+    assert tiny_run.contents(to, "README.md") == tiny_run.contents(run / "model", "README.md")
+    assert "## Evidence" in (to / "README.md").read_text(encoding="utf-8")
     assert torch.equal(logits(to), logits(run / "model"))
     code, out, _ = lamina("export", run)
     assert (code, Path(out.splitlines()[-1])) == (0, run / "model")
@@ -283,13 +285,14 @@ def test_export_to_gguf(
     from gguf import GGUFReader
 
     run, to = request.getfixturevalue(which), tmp_path / "model.gguf"
-    before = tiny_run.contents(run, "log.txt")
+    before = tiny_run.contents(run, "log.txt", "ladder.json")
     code, out, err = lamina("export", run, "--to", to)
     assert (code, err) == (0, "")
     assert out.splitlines()[-1] == str(to)
+    assert to.with_suffix(".Modelfile").read_text(encoding="utf-8").startswith("FROM ./model.gguf\n")
     reader = GGUFReader(to)
     assert bytes(reader.fields["general.architecture"].parts[-1]).decode() == architecture
-    assert tiny_run.contents(run, "log.txt") == before
+    assert tiny_run.contents(run, "log.txt", "ladder.json") == before
 
 
 @pytest.mark.parametrize("which", ["blocks", "sublayers"])
@@ -297,12 +300,13 @@ def test_check_says_what_is_true(lamina: Any, request: pytest.FixtureRequest, tm
     run = request.getfixturevalue(which)
     code, out, _ = lamina("export", run, "--check")
     assert code == 0
-    (transformers,) = [line for line in out.splitlines() if line.startswith("transformers: ")]
-    (gguf,) = [line for line in out.splitlines() if line.startswith("gguf: ")]
+    rows = {title: next(line for line in out.splitlines() if line.startswith(title)) for title in TARGETS.values()}
     plain = not (run / "model" / "modeling_lamina.py").exists()
-    assert ("plain checkpoint" in transformers) is plain
-    assert ("trust_remote_code" in transformers) is not plain
-    assert gguf.startswith("gguf: yes")
+    said = {target: rows[title].removeprefix(title).split()[0] for target, title in TARGETS.items()}
+    assert said["transformers"] == ("yes" if plain else "no")
+    assert ("nearest plan: keep block." in out) is not plain
+    assert (said["shim"], said["llama.cpp"], said["vllm"]) == ("yes", "yes", "no")  # its MLPs are 64 wide
+    assert said == {r.target: "yes" if r.ok else "no" for r in Ladder.load(run / "ladder.json").rungs}
     assert lamina("export", run, "--format", "gguf", "--to", tmp_path)[0] == 0
     assert (tmp_path / "model.gguf").is_file()
 
@@ -316,9 +320,10 @@ def test_a_model_that_llama_cpp_does_not_take(lamina: Any, bench: Path, tmp_path
     in_process(*command)
     code, out, _ = lamina("export", run, "--check")
     assert code == 0
-    (gguf,) = [line for line in out.splitlines() if line.startswith("gguf: ")]
-    assert gguf.startswith("gguf: no, ")
-    assert gguf.removeprefix("gguf: no, ").split()[0] in line
+    (rung,) = [r for r in Ladder.load(run / "ladder.json").rungs if r.target == "llama.cpp"]
+    assert not rung.ok
+    assert rung.why.split()[0] in line
+    assert "none: it does not load the dense model either" in " ".join(out.split())
     tiny_run.refused(lamina("export", run, "--to", tmp_path / "model.gguf"))
     assert not (tmp_path / "model.gguf").exists()
 

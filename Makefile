@@ -31,7 +31,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-all test-slow test-coverage check lint format bench docs constraints install dev clean distclean
+.PHONY: help demo test test-all test-slow test-coverage check lint format bench docs site constraints install dev clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -72,6 +72,14 @@ bench: dev ## side-by-side runs: writes benchmarks/RESULTS.md
 
 docs: dev ## write docs/catalogue.md from the registry
 	$(BIN)/python tools/catalogue.py docs/catalogue.md
+
+site: dev docs build/notebooks/notebook.ipynb ## the documentation as a site of its own: build/site
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	$(SAY) "open build/site/index.html (searching it needs a server: $(BIN)/mkdocs serve)"
+
+build/notebooks/notebook.ipynb: docs/notebook.ipynb tools/run_notebook.py | $(VENV)/.dev $(VENV)/.model
+	$(SAY) "running docs/notebook.ipynb for its outputs (minutes)"
+	@$(BIN)/python tools/run_notebook.py $< $@
 
 constraints: dev ## write the installed versions to constraints.txt
 	@head -2 constraints.txt > constraints.new

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 import lamina
-from lamina.api import report
+from lamina.api import Result, report
+from lamina.core.documents import EvidenceFile, ModelRef, Plan, Receipts
 from lamina.core.errors import InputError, LaminaError
 from lamina.testing.bench import expect_same, picture
 from lamina.testing.models import text, tiny
@@ -172,6 +174,31 @@ def test_a_finished_run_is_taken_as_it_is(bench: Path, tmp_path: Path, monkeypat
     assert (again.plan, again.receipts, again.evidence) == (one.plan, one.receipts, one.evidence)
     with torch.no_grad():
         assert torch.equal(one.model(text()).logits, again.model(text()).logits)
+
+
+def test_what_verbs_give_shows_itself_in_a_notebook(bench: Path, tmp_path: Path) -> None:
+    """Tables without a word of HTML from names; and the same documents as the files hold."""
+    model = tiny("llama", vocab_size=300)
+    asked: dict[str, Any] = {"tokenizer": tokenizer(), "blocks": 1, "data": data(bench), "recipe": "shortgpt"}
+    run = tmp_path / "<b>run"
+    survey = lamina.survey(model, out=run, **asked)
+    plan: Any = lamina.plan(run, model=model, tokenizer=tokenizer())
+    lamina.apply(run, model=model, tokenizer=tokenizer())
+    proof: Any = lamina.prove(run, model=model, tokenizer=tokenizer())
+    assert plan.sites()[0] in plan._repr_html_()
+    assert "Perplexity" in proof._repr_html_()
+    assert "block-influence" in survey._repr_html_()
+    assert plan == Plan.load(run / "plan.yaml")
+    assert Plan.load(run / "plan.yaml") == plan
+    assert proof == EvidenceFile.load(run / "evidence.json")
+    named = replace(plan, model=ModelRef(name="<script>alert(1)</script>", fingerprint="&"), recipe="<i>")
+    assert named != plan
+    receipts = Receipts(model=named.model, plan="", receipts=())
+    for shown in (named, Result(run, model, named, receipts, proof)):
+        html = shown._repr_html_()
+        assert "&lt;script&gt;" in html
+        assert "<script" not in html
+        assert "<i>" not in html
 
 
 def test_another_module_in_the_same_folder_is_noticed(bench: Path, tmp_path: Path) -> None:

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import importlib.util
+import json
 import re
-import shlex
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from snippets import Block, Runner, blocks, complaints
+from tiny_run import make_quick, make_text
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lamina import cli
 from lamina.core import registry
 from lamina.core.documents import Data
+from lamina.evaluators.tasks._item import _TASKS, tasks
 from lamina.lab.texts import Tokens, prepare
 from lamina.testing import check_measure, tiny
 
@@ -31,19 +33,13 @@ MODEL = "smollm2-135m"
 """The model that the pages name; here, a folder of that name with a tiny one."""
 BY_RUNS = frozenset({"docs/images/report.png", "benchmarks/RESULTS.md"})
 """Written by real runs, so that a page may link to them before they are there."""
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-
-
-def snippets(page: Path, language: str) -> list[str]:
-    """The fenced blocks of one language, in order."""
-    return [body for kind, body in FENCE.findall(page.read_text(encoding="utf-8")) if kind == language]
-
-
-def commands(page: Path) -> list[list[str]]:
-    """The arguments of every `lamina …` line of a page's shell blocks."""
-    lines = [line for body in snippets(page, "sh") for line in body.splitlines()]
-    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("lamina ")]
+SNIPPETS = [page for page in PAGES if any(block.runs for block in blocks(page))]
+QUICK = [page for page in SNIPPETS if any(block.runs and not block.slow for block in blocks(page))]
+FEWER = {"--steps 20": "--steps 2", "--decode 8 --rounds 3": "--decode 4 --rounds 2 --length 16 --engine transformers"}
+"""What takes long on tiny models too, and is as well said in fewer steps."""
+SLOW = [page for page in SNIPPETS if any(block.slow for block in blocks(page))]
 
 
 def byte_tokenizer() -> Any:
@@ -71,74 +67,166 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def short(data: Data, tokenizer: Any, *, seed: int = 0) -> Tokens:
-    """Four sequences of 64 tokens for each split."""
-    return prepare(replace(data, sequences=4, heldout_sequences=4, length=64), tokenizer, seed=seed)
+    """Three sequences of 32 tokens for each split."""
+    return prepare(replace(data, sequences=3, heldout_sequences=3, length=32), tokenizer, seed=seed)
 
 
 @pytest.fixture
-def quick(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The same without the reload check, which starts a process: the tutorial's commands have it."""
-    monkeypatch.setattr("lamina.evaluators.reload.contract", lambda *_: ())
+def registered() -> Iterator[None]:
+    """Methods that snippets register are gone again afterwards."""
+    registry.discover()
+    tasks()
+    entered = (registry.MEASURES._classes, registry._ROWS, _TASKS)
+    before, modules = [dict(names) for names in entered], set(sys.modules)
+    try:
+        yield
+    finally:
+        for name in set(sys.modules) - modules:
+            if getattr(sys.modules[name], "__snippet__", False):
+                del sys.modules[name]
+        for names, old in zip(entered, before, strict=True):
+            names.clear()
+            names.update(old)
+
+
+def run_page(page: Path, *, slow: bool) -> list[Block]:
+    """Run a page's snippets in order in the working folder, which must hold what they name; says which were run."""
+
+    def command(arguments: Sequence[str]) -> None:
+        with pytest.raises(SystemExit) as end:
+            cli.main(list(arguments))
+        assert end.value.code == 0, arguments
+
+    here = str(Path.cwd())
+    runner = Runner(command=command, replace={"/var/tmp": f"{here}/scratch", "/shared": here, **FEWER})
+    for block in blocks(page):
+        if slow or not block.slow:
+            runner.run(block)
+    return runner.ran
+
+
+@pytest.fixture
+def furnished(workplace: Path) -> Path:
+    """The workplace with the other things that pages name: texts, a model of images, folders."""
+    from transformers import ViTConfig, ViTModel
+
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 3}
+    ViTModel(ViTConfig(image_size=16, patch_size=4, **small)).save_pretrained(workplace / "dinov2-small")
+    save_file({"pixel_values": torch.randn(5, 3, 16, 16)}, workplace / "pictures.safetensors")
+    shutil.copytree(workplace / MODEL, workplace / "big-model")
+    (workplace / "scratch").mkdir()
+    (workplace / "notes").mkdir()
+    make_text(workplace / "notes" / "one.txt", 1)
+    letters = [json.dumps({"body": " ".join(["the cold river", str(n)] * 20)}) for n in range(8)]
+    (workplace / "letters.jsonl").write_text("\n".join(letters) + "\n", encoding="utf-8")
     return workplace
 
 
-def run_commands(page: Path) -> None:
-    for arguments in commands(page):
-        with pytest.raises(SystemExit) as end:
-            cli.main(arguments)
-        assert end.value.code == 0, arguments
+def after(page: Path, folder: Path, printed: str, *, slow: bool = False) -> None:
+    """What a page's snippets must have left behind, or said."""
+    name = page.relative_to(ROOT).as_posix()
+    assert "Traceback" not in printed
+    if name == "README.md":
+        wanted = re.findall(r"^\| `([\w./]+)`", page.read_text(encoding="utf-8"), re.MULTILINE)
+        made = {p.relative_to(folder / "run").as_posix() for p in (folder / "run").iterdir()}
+        assert {w.rstrip("/") for w in wanted} - {"model.gguf", "log.txt"} <= made, (wanted, made)
+        assert (folder / "small.gguf").is_file()
+        assert (folder / "run-py" / "report.html").is_file()
+        assert "perplexity" in printed
+        assert "men2024shortgpt" in printed
+        assert registry.row("subcloning").measure == "added-share"
+        check_measure(registry.MEASURES.method("added-share"))
+    elif name == "docs/tutorial.md":
+        for file in ("plan.yaml", "receipts.json", "evidence.json", "report.html", "model/model.safetensors"):
+            assert (folder / "run" / file).is_file(), file
+        assert (folder / "run2" / "evidence.json").is_file() == slow
+    elif name == "docs/rewrites.md":
+        assert "narrow 43488 -> 43200" in printed
+    elif name == "docs/survey.md":
+        assert {"heat.svg", "truth.svg"} <= {p.name for p in folder.iterdir()}
+        assert list((folder / "scratch").iterdir()) == []
+    elif name == "docs/plans.md" and slow:
+        assert (folder / "mixed" / "report.html").is_file()
+        assert (folder / "mixed" / "frontier.svg").is_file()
+        assert "why each step" in printed
+    elif name == "docs/adding-a-method.md":
+        assert registry.row("blocks-alike").measure == "blocks-alike"
 
 
-def run_python(page: Path, *, without: str = "@measure") -> int:
-    """Run a page's Python blocks one after the other in one namespace; says how many there were."""
-    namespace: dict[str, Any] = {"__name__": "snippet"}
-    found = [body for body in snippets(page, "python") if without not in body]
-    for number, body in enumerate(found):
-        exec(compile(body, f"{page.name}, block {number}", "exec"), namespace)
-    return len(found)
+@pytest.mark.parametrize("page", QUICK, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_snippets(
+    page: Path, furnished: Path, registered: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_quick(monkeypatch)
+    monkeypatch.setattr("lamina.exporters._gguf_run.available", lambda: False)
+    ran = run_page(page, slow=False)
+    assert ran == [b for b in blocks(page) if b.runs and not b.slow]
+    after(page, furnished, capsys.readouterr().out)
 
 
-def test_readme_commands(quick: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run_commands(README)
-    printed = capsys.readouterr().out
-    assert "perplexity" in printed
-    assert "men2024shortgpt" in printed
-    wanted = re.findall(r"^\| `([\w./]+)`", README.read_text(encoding="utf-8"), re.MULTILINE)
-    made = {p.relative_to(quick / "run").as_posix() for p in (quick / "run").iterdir()}
-    assert {w.rstrip("/") for w in wanted} - {"model.gguf", "log.txt"} <= made, (wanted, made)
-    assert (quick / "small.gguf").is_file()
+@pytest.mark.slow
+@pytest.mark.parametrize("page", SLOW, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_slow_snippets(
+    page: Path, furnished: Path, registered: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_quick(monkeypatch)
+    assert run_page(page, slow=True) == [b for b in blocks(page) if b.runs]
+    after(page, furnished, capsys.readouterr().out, slow=True)
 
 
-def test_readme_python(quick: Path) -> None:
-    assert run_python(README) == 1
-    assert (quick / "run-py" / "report.html").is_file()
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_every_snippet_is_run_or_says_why_not(page: Path) -> None:
+    assert complaints(page) == []
 
 
-def test_tutorial_commands(workplace: Path) -> None:
-    run_commands(ROOT / "docs" / "tutorial.md")
-    for name in ("plan.yaml", "receipts.json", "evidence.json", "report.html", "model/model.safetensors"):
-        assert (workplace / "run" / name).is_file(), name
+def fenced(head: str, body: str) -> str:
+    return f"```{head}\n{body}\n```\n"
 
 
-def test_tutorial_python(quick: Path) -> None:
-    assert run_python(ROOT / "docs" / "tutorial.md") == 2
-    assert (quick / "run2" / "evidence.json").is_file()
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (fenced("sh", "pip install lamina"), "no command of lamina"),
+        (fenced('sh norun=""', "make demo"), "no reason"),
+        (fenced("sh norun", "lamina methods"), "no mark"),
+        (fenced("python slwo", "1 + 1"), "no mark"),
+        (fenced("bash", "lamina methods"), "not of 'bash'"),
+        (fenced("", "lamina methods"), "not of ''"),
+        ("Then:\n\n    lamina thin model --keep 75%\n", "indented"),
+    ],
+)
+def test_a_snippet_that_nothing_runs_is_told(text: str, words: str) -> None:
+    (found,) = complaints(Path("page.md"), text)
+    assert words in found
 
 
-def test_rewrites_page(quick: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    page = ROOT / "docs" / "rewrites.md"
-    assert run_python(page) == 1
-    assert "narrow 43488 -> 43200" in capsys.readouterr().out
-    assert named_in(page) == set(registry.REWRITES)
+def test_what_snippets_do_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    page, asked = tmp_path / "page.md", []
+    page.write_text(
+        fenced("sh", "lamina thin a \\\n  --keep 75%  # so\nlamina methods")
+        + fenced("python slow", "x = 1")
+        + fenced('python norun="it can only fail"', "raise ValueError")
+        + fenced('yaml title="my.yaml"', "name: default")
+        + fenced("python", "assert x == 1"),
+        encoding="utf-8",
+    )
+    runner = Runner(command=asked.append)
+    for block in blocks(page):
+        runner.run(block)
+    assert asked == [["thin", "a", "--keep", "75%"], ["methods"]]
+    assert [b.line for b in runner.ran] == [1, 6, 15]
+    assert Path("my.yaml").read_text() == "name: default\n"
+    with pytest.raises(NameError):
+        Runner(command=asked.append).run(blocks(page)[-1])
 
 
-def test_plans_page(quick: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    page = ROOT / "docs" / "plans.md"
-    run_commands(page)
-    assert (quick / "mixed" / "report.html").is_file()
-    assert (quick / "mixed" / "frontier.svg").is_file()
-    assert "why each step" in capsys.readouterr().out
-    told = {name for name in named_in(page) if not name.startswith("--")}
+def test_the_page_of_rewrites_names_them_all() -> None:
+    assert named_in(ROOT / "docs" / "rewrites.md") == set(registry.REWRITES)
+
+
+def test_the_page_of_plans_names_recipes_that_exist() -> None:
+    told = {name for name in named_in(ROOT / "docs" / "plans.md") if not name.startswith("--")}
     assert told <= set(registry.rows())
 
 
@@ -146,63 +234,6 @@ def named_in(page: Path) -> set[str]:
     """The names in code in the first cells of a page's tables."""
     rows = re.findall(r"^\| (`.*?) \|", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {name for row in rows for name in row.split("`")[1::2]}
-
-
-@pytest.mark.slow
-def test_survey_page(workplace: Path) -> None:
-    from safetensors.torch import save_file
-    from transformers import ViTConfig, ViTModel
-
-    small = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 3}
-    ViTModel(ViTConfig(image_size=16, patch_size=4, **small)).save_pretrained(workplace / "dinov2-small")
-    save_file({"pixel_values": torch.randn(5, 3, 16, 16)}, workplace / "pictures.safetensors")
-    shutil.copytree(workplace / MODEL, workplace / "big-model")
-    page = ROOT / "docs" / "survey.md"
-    scratch = workplace / "scratch"
-    scratch.mkdir()
-    for arguments in commands(page):
-        asked = [str(scratch) if a == "/var/tmp" else a for a in arguments]
-        out = ["--out", f"run-{len(list(workplace.iterdir()))}"] if asked[1] != MODEL else []
-        with pytest.raises(SystemExit) as end:
-            cli.main([*asked, *out])
-        assert end.value.code == 0, arguments
-    assert list(scratch.iterdir()) == []
-    assert run_python(page) == 1
-    assert {"heat.svg", "truth.svg"} <= {p.name for p in workplace.iterdir()}
-
-
-def test_adding_a_method_python() -> None:
-    assert run_python(ROOT / "docs" / "adding-a-method.md") == 1
-
-
-@pytest.fixture
-def paper(tmp_path: Path) -> Iterator[ModuleType]:
-    """The README's paper as a module; the registry is as it was afterwards."""
-    (text,) = [body for body in snippets(README, "python") if "@measure" in body]
-    path = tmp_path / "weight_subcloning.py"
-    path.write_text(text, encoding="utf-8")
-    registry.discover()
-    classes, rows = dict(registry.MEASURES._classes), dict(registry._ROWS)
-    spec = importlib.util.spec_from_file_location("weight_subcloning", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["weight_subcloning"] = module
-    try:
-        spec.loader.exec_module(module)
-        yield module
-    finally:
-        del sys.modules["weight_subcloning"]
-        registry.MEASURES._classes.clear()
-        registry.MEASURES._classes.update(classes)
-        registry._ROWS.clear()
-        registry._ROWS.update(rows)
-
-
-def test_readme_paper_keeps_the_conformance_suite(paper: ModuleType) -> None:
-    check_measure(paper.AddedShare)
-    assert registry.row("subcloning").measure == "added-share"
-    assert torch.is_grad_enabled()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
@@ -253,5 +284,8 @@ def test_the_page_of_the_command_line_is_complete() -> None:
 def test_options_on_other_pages_exist() -> None:
     every = set().union(*options().values()) | {"--index-url", "--no-deps"}
     for page in PAGES:
-        told = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", page.read_text(encoding="utf-8")))
+        text = page.read_text(encoding="utf-8")
+        for block in blocks(page):
+            text = text if block.runs or block.language != "sh" else text.replace(block.body, "")
+        told = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
         assert told - every == set(), page.name

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lamina.core.documents import Budget, EvidenceFile, Heal, Plan, Receipts, Recipe
 from lamina.core.errors import InputError
+from lamina.core.speeds import SpeedFile
 from lamina.pipeline import Run, verbs
 from lamina.pipeline.scoring import How
 from lamina.report import write
@@ -17,6 +18,45 @@ from lamina.report.survey import Survey
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+class ShownPlan(Plan):
+    """A plan that shows itself in a notebook; otherwise the same, and equal to the plan that it is made of."""
+
+    def _repr_html_(self) -> str:
+        from lamina.report.fragments import plan_html
+
+        return plan_html(self)
+
+    def __eq__(self, other: object) -> bool:
+        return _equal(Plan, self, other)
+
+    __hash__ = Plan.__hash__
+
+
+class ShownEvidence(EvidenceFile):
+    """Evidence that shows itself in a notebook; otherwise the same, and equal to the evidence that it is made of."""
+
+    def _repr_html_(self) -> str:
+        from lamina.report.fragments import evidence_html
+
+        return evidence_html(self)
+
+    def __eq__(self, other: object) -> bool:
+        return _equal(EvidenceFile, self, other)
+
+    __hash__ = EvidenceFile.__hash__
+
+
+def _equal(kind: type[Plan] | type[EvidenceFile], one: object, other: object) -> bool:
+    """Whether both are documents of that kind with equal fields, shown ones or not."""
+    if not isinstance(other, kind):
+        return NotImplemented
+    return all(getattr(one, f.name) == getattr(other, f.name) for f in fields(kind))
+
+
+def _parts(document: Plan | EvidenceFile) -> dict[str, Any]:
+    return {f.name: getattr(document, f.name) for f in fields(document)}
 
 
 @dataclass(frozen=True)
@@ -28,6 +68,12 @@ class Result:
     plan: Plan
     receipts: Receipts
     evidence: EvidenceFile
+
+    def _repr_html_(self) -> str:
+        """The plan and what it cost."""
+        from lamina.report.fragments import evidence_html, plan_html
+
+        return plan_html(self.plan) + evidence_html(self.evidence)
 
 
 def run(
@@ -87,15 +133,28 @@ def _as_given(model: str | nn.Module | None) -> Iterator[None]:
             part.training = training
 
 
-def thin(model: str | nn.Module, *, out: str | Path, **asked: Any) -> Result:
-    """Survey, plan, apply, heal, prove and report; see `run` for what may be asked.
+@contextmanager
+def _shown(made: Run, show: bool) -> Iterator[Run]:
+    """The run; with `show`, its progress is printed meanwhile."""
+    if not show:
+        yield made
+        return
+    from lamina.terminal import progress
+
+    with progress(made):
+        yield made
+
+
+def thin(model: str | nn.Module, *, out: str | Path, show: bool = False, **asked: Any) -> Result:
+    """Survey, plan, apply, heal, prove and report; see `run` for what may be asked. `show` prints the progress.
 
     A module in memory is left as it is; the thinned one is a copy.
     """
-    with _as_given(model):
-        done = verbs.thin(run(model, out=out, **asked))
+    with _as_given(model), _shown(run(model, out=out, **asked), show) as made:
+        done = verbs.thin(made)
     write(done.folder)
-    return Result(done.folder, done.thinned, done.plan(), done.receipts(), done.evidence())
+    plan_, proof = ShownPlan(**_parts(done.plan())), ShownEvidence(**_parts(done.evidence()))
+    return Result(done.folder, done.thinned, plan_, done.receipts(), proof)
 
 
 def survey(
@@ -108,6 +167,7 @@ def survey(
     stream: bool = False,
     scratch: str | Path | None = None,
     compare: bool = False,
+    show: bool = False,
     **asked: Any,
 ) -> Survey:
     """Score every block and sublayer, of any kind of model; see `lamina survey --help` for what may be asked.
@@ -117,33 +177,59 @@ def survey(
     made = run(model, out=out, **asked)
     made.any_kind, made.streamed = True, stream
     how = How(shards=shards, ray=ray, scratch=Path(scratch) if scratch else None, compare=compare)
-    with _as_given(model):
+    with _as_given(model), _shown(made, show):
         verbs.survey(made, measures, how)
     return Survey.open(made.folder)
 
 
-def plan(folder: str | Path, **options: Any) -> Plan:
+def plan(folder: str | Path, *, show: bool = False, **options: Any) -> Plan:
     """Choose what goes in a run that was surveyed."""
-    with _as_given(options.get("model")):
-        return verbs.plan(Run.open(folder, **options))
+    with _as_given(options.get("model")), _shown(Run.open(folder, **options), show) as made:
+        return ShownPlan(**_parts(verbs.plan(made)))
 
 
-def apply(folder: str | Path, **options: Any) -> Receipts:
+def apply(folder: str | Path, *, show: bool = False, **options: Any) -> Receipts:
     """Do what the plan says, and publish the checkpoint once it is shown to reload."""
-    with _as_given(options.get("model")):
-        return verbs.apply(Run.open(folder, **options))
+    with _as_given(options.get("model")), _shown(Run.open(folder, **options), show) as made:
+        return verbs.apply(made)
 
 
-def heal(folder: str | Path, **options: Any) -> Receipts:
+def heal(folder: str | Path, *, show: bool = False, **options: Any) -> Receipts:
     """Heal as the recipe says."""
-    with _as_given(options.get("model")):
-        return verbs.heal(Run.open(folder, **options))
+    with _as_given(options.get("model")), _shown(Run.open(folder, **options), show) as made:
+        return verbs.heal(made)
 
 
-def prove(folder: str | Path, **options: Any) -> EvidenceFile:
-    """Measure what the plan cost."""
-    with _as_given(options.get("model")):
-        return verbs.prove(Run.open(folder, **options))
+def prove(
+    folder: str | Path, *, tasks: str | None = None, items: int = 500, show: bool = False, **options: Any
+) -> EvidenceFile:
+    """Measure what the plan cost; and by `tasks`, names between commas or "offline", of each at most `items` items."""
+    with _as_given(options.get("model")), _shown(Run.open(folder, **options), show) as made:
+        return ShownEvidence(**_parts(verbs.prove(made, tasks, items)))
+
+
+def speed(
+    folder: str | Path,
+    *,
+    batches: Sequence[int] = (1, 4),
+    lengths: Sequence[int] | None = None,
+    decode: int = 32,
+    engines: Sequence[str] | None = None,
+    rounds: int = 5,
+    threads: int | None = None,
+    show: bool = False,
+    **options: Any,
+) -> SpeedFile:
+    """Time the dense and the thinned model of a run in turn, with memory and energy; see docs/speed.md."""
+    from lamina.pipeline.timing import HowFast
+    from lamina.pipeline.timing import speed as measure
+
+    how = HowFast(
+        batches=tuple(batches), lengths=None if lengths is None else tuple(lengths), decode=decode, rounds=rounds,
+        engines=None if engines is None else tuple(engines), threads=threads,
+    )  # fmt: skip
+    with _as_given(options.get("model")), _shown(Run.open(folder, **options), show) as made:
+        return measure(made, how)
 
 
 def report(folder: str | Path) -> Path:

@@ -210,9 +210,11 @@ def heal(
     say(f"healed: {run.path('model')}")
 
 
-app.command(epilog="Example: lamina prove run")(commands.prove)
+app.command(epilog="Example: lamina prove run --tasks offline --items 500")(commands.prove)
+app.command(epilog="Example: lamina speed run --batch 1,4 --length 128,512")(commands.speed)
 app.command(epilog="Example: lamina export run --to model.gguf")(commands.export)
 app.command(epilog="Example: lamina report run")(commands.report)
+app.command(epilog="Example: lamina watch run")(commands.watch)
 
 
 @app.command(epilog="Example: lamina anatomy smollm2-135m --certify")
@@ -247,6 +249,9 @@ def anatomy(
     if library or only or shard or out:
         raise InputError("--library, --only, --shard and --out belong to --coverage")
     print_anatomy((models or [""])[0], certify, trust_remote_code)
+
+
+app.command(epilog="Example: lamina tasks --of decoder")(commands.tasks)
 
 
 @app.command(epilog="Example: lamina methods --role measure")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import textwrap
@@ -31,8 +32,12 @@ console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isat
 
 @contextmanager
 def progress(run: Run) -> Iterator[None]:
-    """Show the run's progress: bars on a terminal, now and then a line elsewhere."""
+    """Show the run's progress: bars on a terminal, a line that changes in a notebook, now and then a line elsewhere."""
     run.say = lambda line: console.print(line, style="dim", markup=False)
+    if console.is_jupyter:
+        with _cell(run):
+            yield
+        return
     if not console.is_terminal:
         run.progress = _Lines().show
         yield
@@ -69,17 +74,41 @@ def progress(run: Run) -> Iterator[None]:
 
 
 class _Lines:
-    """Progress where there is no terminal: at most one line in five seconds for each kind of work."""
+    """Progress where there is no terminal: of work that takes longer, a line every five seconds for each kind."""
 
     def __init__(self) -> None:
         self._last: dict[str, float] = {}
+        self._told: set[str] = set()
 
     def show(self, what: str, done: int, total: int) -> None:
-        """Print a line if it is time for one."""
+        """Print a line if it is time for one, and where work ends of which lines were printed."""
         now, name = time.monotonic(), what.partition(":")[0]
-        if now - self._last.get(name, -9e9) >= 5 or (done >= total and name in self._last):
+        if now - self._last.setdefault(name, now) >= 5 or (done >= total and name in self._told):
             self._last[name] = now
+            self._told.add(name)
             console.print(f"{what} {done}/{total}", markup=False)
+        if done >= total:
+            self._last.pop(name)
+            self._told.discard(name)
+
+
+@contextmanager
+def _cell(run: Run) -> Iterator[None]:
+    """Progress below a notebook's cell: lines of what is done, and one of how far it is, empty in the end."""
+    shown: Any = importlib.import_module("IPython.display").display
+    line, last = shown({"text/plain": ""}, raw=True, display_id=True), 0.0
+
+    def show(what: str, done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= 0.2:
+            last = time.monotonic()
+            line.update({"text/plain": f"{what} {done}/{total}"}, raw=True)
+
+    run.progress, run.say = show, lambda text: shown({"text/plain": text}, raw=True)
+    try:
+        yield
+    finally:
+        line.update({"text/plain": ""}, raw=True)
 
 
 def _grid(title: str, *columns: str) -> Table:
@@ -127,7 +156,7 @@ ROWS = (
 
 
 def print_evidence(run: Run) -> None:
-    """Dense, thinned and what changed, with intervals; predicted against measured; no speed-up said plainly."""
+    """Dense, thinned and what changed, with intervals; predicted against measured; no gain said in bold."""
     found: EvidenceFile = run.evidence()
     table = _grid("", "", "dense", "thinned", "change [95 %]")
     for name, words, change in ROWS:
@@ -143,9 +172,12 @@ def print_evidence(run: Run) -> None:
     for name in ("prefill", "decode"):
         ratio = found.get(name, "ratio")
         if ratio is not None and ratio.low is not None and ratio.low <= 1:
-            console.print(f"no speed-up of {name} is shown: {interval(ratio)}")
+            console.print(f"[bold]no gain[/bold] of {name} is shown: {interval(ratio)}")
+    from lamina.commands.outcomes import print_outcomes
+
+    print_outcomes(found)
     for line in found.notes:
-        console.print(line)
+        console.print(line, markup=False)
 
 
 def print_survey(run: Run) -> None:

@@ -102,7 +102,8 @@ def contents(folder: Path, *without: str) -> dict[str, bytes]:
 
 def left_behind(folder: Path) -> list[str]:
     """What a run must not leave: temporary files, drafts, states of half-done work."""
-    notes = {f"{v}.json" for v in ("survey", "plan", "apply", "heal", "prove", "export", "contract")} | {"survey"}
+    verbs = ("survey", "plan", "apply", "heal", "prove", "export", "contract")
+    notes = {f"{v}.json" for v in verbs} | {"survey", "tasks"}
     odd = [p for p in folder.rglob("*") if p.name.endswith(".tmp") or p.name in ("draft", "previous")]
     odd += [p for p in (folder / ".state").glob("*") if p.name not in notes]
     odd += [p for p in (folder / ".state" / "survey").glob("*") if p.suffix != ".json"]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import json
 import re
 import subprocess
 import sys
@@ -27,6 +30,7 @@ class Reader(HTMLParser):
         self.tags: list[tuple[str, dict[str, str]]] = []
         self.open: list[str] = []
         self.words: list[str] = []
+        self.scripts: list[str] = []
         self.unbalanced: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -42,7 +46,9 @@ class Reader(HTMLParser):
             self.unbalanced.append(tag)
 
     def handle_data(self, data: str) -> None:
-        if "style" not in self.open:
+        if "script" in self.open:
+            self.scripts.append(data)
+        elif "style" not in self.open:
             self.words.append(data)
 
     @property
@@ -116,12 +122,16 @@ def test_other_depths(make_run: Callable[..., Path], depth: int) -> None:
     assert "rank" in page.text
 
 
+def policy_of(page: Reader) -> str:
+    return next(a["content"] for tag, a in page.tags if a.get("http-equiv") == "Content-Security-Policy")
+
+
 def test_nothing_is_fetched(run_folder: Path) -> None:
     path = write(run_folder)
     html = path.read_text(encoding="utf-8")
     page = read(path)
     for tag, attributes in page.tags:
-        assert tag not in ("script", "link", "img", "iframe", "object", "embed", "image", "use")
+        assert tag not in ("link", "img", "iframe", "object", "embed", "image", "use")
         assert "src" not in attributes
         assert not any(key.startswith("on") for key in attributes)
         if "href" in attributes:
@@ -130,22 +140,37 @@ def test_nothing_is_fetched(run_folder: Path) -> None:
     assert "@import" not in html
     assert "url(" not in html
     assert "@font-face" not in html
+    assert "default-src 'none'" in policy_of(page)
+
+
+def test_only_the_page_s_own_script_may_run(run_folder: Path) -> None:
+    page = read(write(run_folder))
+    kinds = [a.get("type", "") for tag, a in page.tags if tag == "script"]
+    assert kinds == ["application/json", ""]
+    digest = base64.b64encode(hashlib.sha256(page.scripts[1].encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in policy_of(page)
+    assert not re.search(
+        r"fetch\(|XMLHttpRequest|WebSocket|EventSource|import\(|eval\(|https?://(?!www.w3.org)", page.scripts[1]
+    )
 
 
 def test_user_text_is_escaped(make_run: Callable[..., Path]) -> None:
-    bad = "<script>alert(1)</script>\"'&"
+    bad = "<script>alert(1)</script>\"'&<!--"
     folder = make_run(name=bad)
     file = EvidenceFile.load(folder / "evidence.json")
     EvidenceFile(evidence=file.evidence, notes=(bad,)).save(folder / "evidence.json")
     plan = Plan.load(folder / "plan.yaml")
     odd = Step(rewrite=bad, sites=(f"block.3.{bad}",), options={bad: bad}, why={bad: 1.0})
-    Plan(model=plan.model, budget=Budget(keep=0.5, protect=(bad,)), recipe=bad, steps=(odd,)).save(folder / "plan.yaml")
+    other = ModelRef(name=bad, fingerprint=plan.model.fingerprint)
+    Plan(model=other, budget=Budget(keep=0.5, protect=(bad,)), recipe=bad, steps=(odd,)).save(folder / "plan.yaml")
     path = write(folder)
     page = read(path)
-    assert "<script" not in path.read_text(encoding="utf-8").lower()
+    assert path.read_text(encoding="utf-8").lower().count("<script") == 2
+    assert "<!--" not in path.read_text(encoding="utf-8")
     assert page.unbalanced == []
     assert page.open == []
     assert bad in page.text
+    assert bad in json.loads(page.scripts[0])["head"]["recipe"].encode().decode("unicode_escape")
 
 
 def test_a_paper_may_not_run_script(make_run: Callable[..., Path]) -> None:

@@ -4,5 +4,8 @@ from lamina.commands.apply import apply
 from lamina.commands.export import export
 from lamina.commands.prove import prove
 from lamina.commands.report import report
+from lamina.commands.speed import speed
+from lamina.commands.tasks import tasks
+from lamina.commands.watch import watch
 
-__all__ = ["apply", "export", "prove", "report"]
+__all__ = ["apply", "export", "prove", "report", "speed", "tasks", "watch"]

@@ -306,6 +306,10 @@ class Evidence(Document):
 
     `low` and `high` bound the 95 % interval where there is one. `of` says whose number it is: `dense`,
     `thinned`, or `difference`/`ratio` of the two.
+
+    Of tasks (`task:NAME`) and capabilities (`capability:NAME`) also: which way is `better`, what guessing gives
+    (`chance`), the p value of the difference corrected for the number of tests (`p`), and the smallest loss that would
+    have been found in four runs of five (`sees`, as a positive number in the value's unit).
     """
 
     name: str
@@ -317,6 +321,11 @@ class Evidence(Document):
     n: int = 0
     seed: int = 0
     how: str = ""
+    capability: str = ""
+    better: Literal["", "higher", "lower"] = ""
+    chance: float | None = None
+    p: float | None = None
+    sees: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,7 +45,7 @@ def settled(problem: Problem, trials: Trials, chosen: list[int], rounds: int) ->
         rise, sums = trials.rise([problem.options[i] for i in chosen]), at.price(chosen)
         rises.append(rise)
         if best is None or rise < min(rises[:-1]):
-            best = Settled(chosen, dict(factors), _held(rise / sums) if sums > 0 else 1.0)
+            best = Settled(chosen, dict(factors), _level(rise, sums))
         if number + 1 < rounds:
             factors = _corrected(problem, trials, chosen, factors, rise)
             again = problem.at(factors).cheapest()
@@ -61,7 +61,7 @@ def settled(problem: Problem, trials: Trials, chosen: list[int], rounds: int) ->
         if alone and tuple(alone) not in tried and sums < min(rises):
             rise = trials.rise([problem.options[i] for i in alone])
             if rise < min(rises):
-                best = Settled(alone, {}, _held(rise / sums) if sums > 0 else 1.0)
+                best = Settled(alone, {}, _level(rise, sums))
             rises.append(rise)
     return Settled(best.chosen, best.factors, best.level, tuple(rises))
 
@@ -80,6 +80,11 @@ def _corrected(
         ratio = _held(marginal / share) if share > 0 else 1.0
         found[kind] = factors.get(kind, 1.0) * ratio
     return found
+
+
+def _level(rise: float, sums: float) -> float:
+    """The true rise over the sum of prices; where the text says less than half of it, or that all gets better, a half."""
+    return min(max(rise / sums, 0.5), MOST) if sums > 0 else 1.0
 
 
 def _held(ratio: float) -> float:

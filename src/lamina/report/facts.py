@@ -39,6 +39,8 @@ LABELS = {
     "kv_bytes": "KV cache per token",
 }
 SPEEDS = ("prefill", "decode")
+TASKS = ("task:", "task.", "capability:")
+"""How names of evidence begin that is of a task, or of a capability that several tasks measure."""
 CHECKS = {
     "reload_logits": "Logits after reload equal those in memory",
     "reload_cache": "Cached decoding equals the full forward",
@@ -86,13 +88,14 @@ def costs(run: Run) -> list[Cost]:
     )
     found: list[Cost] = []
     for key, label, say in shown:
-        pair = _pair(run.receipts, run.evidence, key)
+        pair = sides(run.receipts, run.evidence, key)
         if pair is not None and any(pair):
             found.append(Cost(label, *pair, (say(pair[0]), say(pair[1]))))
     return found
 
 
-def _pair(receipts: Receipts | None, evidence: EvidenceFile | None, key: str) -> tuple[float, float] | None:
+def sides(receipts: Receipts | None, evidence: EvidenceFile | None, key: str) -> tuple[float, float] | None:
+    """A cost of the dense and the thinned model, from the receipts, else from the evidence."""
     if receipts is not None and receipts.receipts:
         return getattr(receipts.receipts[0].before, key), getattr(receipts.receipts[-1].after, key)
     if evidence is None:
@@ -148,7 +151,7 @@ def verdict(run: Run) -> Verdict:
     """The verdict in one sentence with its numbers and intervals."""
     parts: list[str] = []
     tiles: list[tuple[str, str, str]] = []
-    pair = _pair(run.receipts, run.evidence, "parameters")
+    pair = sides(run.receipts, run.evidence, "parameters")
     if pair is not None and pair[0]:
         gone = percent(1 - pair[1] / pair[0])
         parts.append(f"{gone} of parameters gone")
@@ -227,7 +230,8 @@ class Row:
 def table(evidence: EvidenceFile) -> list[Row]:
     """Dense, thinned and what lies between them, one row per measured name; costs stand in their own section."""
     skip = {"parameters", "bytes", "kv_bytes", "expected_loss", *CHECKS}
-    names = dict.fromkeys(e.name for e in evidence.evidence if e.name not in skip and e.of != "contract")
+    rows = (e for e in evidence.evidence if e.of != "contract" and not e.name.startswith(TASKS))
+    names = dict.fromkeys(e.name for e in rows if e.name not in skip)
     order = {name: i for i, name in enumerate(LABELS)}
     return [_row(evidence, name) for name in sorted(names, key=lambda n: order.get(n, 99))]
 
@@ -255,7 +259,7 @@ def ratio_dots(evidence: EvidenceFile) -> list[Dot]:
     notes = {"perplexity": "lower is better", "peak_memory": "lower is better", "prefill": "higher is better"}
     notes["decode"] = notes["prefill"]
     dots: list[Dot] = []
-    named = [e.name for e in evidence.evidence if e.of == "ratio"]
+    named = [e.name for e in evidence.evidence if e.of == "ratio" and not e.name.startswith(TASKS)]
     for name in dict.fromkeys(["perplexity", *SPEEDS, "peak_memory", *named]):
         e = ratio(evidence, name)
         if e is not None and e.value > 0 and math.isfinite(e.value):

@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from lamina.core.menu import Frontier, Reason
 from lamina.report.listing import Listing
-from lamina.report.numbers import DASH, count, data, percent, significant
+from lamina.report.numbers import DASH, count, data, named, percent, significant
 from lamina.report.plots import INK, MARGIN, RULE, SOFT, picture, words
 from lamina.report.svg import el, ticks
 
@@ -41,12 +41,6 @@ def frontier_listing(found: Frontier) -> Listing:
     )
     title = f"the cheapest plans for ever smaller budgets of {named(resource)}"
     return Listing(title, ("kept", named(resource), "predicted, nats/token", "moves", ""), rows)
-
-
-def named(resource: str) -> str:
-    """A resource in words: `latency@decode:1x512` is seconds of decoding."""
-    metric, _, work = resource.partition("@")
-    return f"latency of {work}" if work else metric.replace("kv_bytes", "KV bytes per token").replace("_", " ")
 
 
 def reasons_listing(reasons: Sequence[Reason], resources: Sequence[str]) -> Listing:

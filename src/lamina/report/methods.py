@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,9 @@ from lamina.core.errors import InputError
 from lamina.core.papers import Paper
 from lamina.report.numbers import NONE, count, data, fixed, signed, significant
 from lamina.report.read import Run
+
+SHOWN = 16
+"""Of longer lists among a step's options so many are shown."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ def methods(run: Run, found: registry.Row | None) -> list[Method]:
     if healed:
         name = healed.get("healer") or (run.recipe.heal.healer if run.recipe and run.recipe.heal else "")
         parts += [(registry.HEALERS, str(name))] if name else []
-    return made + [_method(role, name) for role, name in parts]
+    return made + [_method(role, name) for role, name in parts if name]
 
 
 def _method(role: registry.Registry, name: str) -> Method:
@@ -96,6 +99,8 @@ def measure_shown(run: Run, found: registry.Row | None) -> tuple[str, str]:
         return found.measure, ""
     nats = [m for m in scores if run.survey and run.survey.scales.get(m) == "nats"]
     name = (nats or list(scores))[0]
+    if found is not None and not found.measure:
+        return name, ""
     if found is not None:
         return name, f"The recipe's measure, {found.measure}, is not in the survey; {name} is shown instead."
     return name, "" if len(scores) == 1 else f"The recipe is not known here; {name} is shown first."
@@ -114,7 +119,13 @@ class Decision:
 
 
 def _worded(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    """An option's value in words; of long lists the first of them and how many they are."""
+    if isinstance(value, Mapping):
+        return "; ".join(f"{k}: {_worded(v)}" for k, v in value.items())
+    if isinstance(value, list | tuple):
+        shown = " ".join(map(str, value[:SHOWN]))
+        return shown if len(value) <= SHOWN else f"{shown} … ({len(value)} in all)"
+    return str(value)
 
 
 def decisions(plan: Plan) -> tuple[list[str], list[Decision], str]:

@@ -82,3 +82,9 @@ def span(low: str, high: str) -> str:
     if MINUS in low or MINUS in high:
         return f"{low} to {high}"
     return f"{low.removeprefix('+')}{DASH}{high.removeprefix('+')}"
+
+
+def named(resource: str) -> str:
+    """A resource in words: `latency@decode:1x512` is seconds of decoding."""
+    metric, _, work = resource.partition("@")
+    return f"latency of {work}" if work else metric.replace("kv_bytes", "KV bytes per token").replace("_", " ")

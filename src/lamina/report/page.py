@@ -10,7 +10,7 @@ from markupsafe import Markup, escape
 
 from lamina.core.files import to_yaml, write_text
 from lamina.core.sites import depth_key
-from lamina.report import charts, facts, methods, strip
+from lamina.report import charts, explorer, facts, methods, proofs, scripts, strip
 from lamina.report.numbers import DASH, count, data, macs, percent, significant
 from lamina.report.read import Run, SiteScores, read_run
 from lamina.report.svg import DARK, LIGHT, palette_css
@@ -59,8 +59,19 @@ def context(run: Run) -> dict[str, Any]:
     used = methods.methods(run, row)
     asked = run.plan.budget if run.plan else run.recipe.budget if run.recipe else None
     evidence = run.evidence
+    data = explorer.payload(run, measure if row and row.measure == measure else "")
+    script = scripts.script(explorer=data is not None)
     return {
         "css": css(),
+        "data": explorer.island(data) if data else None,
+        "script": Markup(script),
+        "explorer_note": f"{explorer.note(data)} {facts.forecast(run)}".strip() if data else "",
+        "export_note": explorer.export_note(data) if data else "",
+        "policy": scripts.policy(script),
+        "tasks": proofs.tasks(evidence) if evidence else [],
+        "task_chart": proofs.task_chart(evidence) if evidence else None,
+        "speeds": proofs.speeds(run),
+        "ladder": proofs.ladder(run.folder),
         "run": run,
         "missing": MISSING,
         "asked": facts.budget(asked) if asked else "",
@@ -93,8 +104,9 @@ def context(run: Run) -> dict[str, Any]:
 def css() -> Markup:
     """The style sheet with both palettes; our own text, so it goes in as it is."""
     style = (HERE / "style.css").read_text(encoding="utf-8")
-    dark = f"@media screen and (prefers-color-scheme: dark){{{palette_css(DARK)}}}"
-    return Markup("\n".join((style, palette_css(LIGHT), dark)))
+    asked, chosen = ":root:not([data-theme=light]) ", ":root[data-theme=dark] "
+    dark = f"@media screen and (prefers-color-scheme: dark){{{palette_css(DARK, asked)}}}"
+    return Markup("\n".join((style, palette_css(LIGHT), dark, f"@media screen{{{palette_css(DARK, chosen)}}}")))
 
 
 def score_table(run: Run) -> tuple[list[str], list[tuple[str, list[str], str, str]]]:

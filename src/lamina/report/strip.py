@@ -163,7 +163,7 @@ class _Pen:
 
     def stack(self, name: str, places: Sequence[Place]) -> Stack:
         """A stack as chunks of blocks with their row labels."""
-        rows = _rows(places)
+        rows = rows_of(places)
         depth = 1 + max(p.block for p in places)
         size, per_line = chunking(depth)
         cells = {(r, p.block): p for r, (_, kinds) in enumerate(rows) for p in places if p.kind in kinds}
@@ -267,7 +267,7 @@ def _mark(state: str, x: float, y: float, width: float, height: float) -> list[M
     return []
 
 
-def _rows(places: Sequence[Place]) -> list[tuple[str, tuple[str, ...]]]:
+def rows_of(places: Sequence[Place]) -> list[tuple[str, tuple[str, ...]]]:
     """The rows that these places need, with their labels."""
     blocks: dict[str, set[int]] = {}
     for place in places:

@@ -48,9 +48,15 @@ def line(x1: float, y1: float, x2: float, y2: float, class_: str) -> Markup:
     return el("line", x1=x1, y1=y1, x2=x2, y2=y2, class_=class_)
 
 
-def palette_css(stops: Sequence[str]) -> str:
-    """CSS rules `.q0{fill:…}` for the whole palette."""
-    return "".join(f".q{i}{{fill:{mix(stops, i / (LEVELS - 1))}}}" for i in range(LEVELS))
+def palette(stops: Sequence[str]) -> list[str]:
+    """The palette's colours, low to high."""
+    return [mix(stops, i / (LEVELS - 1)) for i in range(LEVELS)]
+
+
+def palette_css(stops: Sequence[str], inside: str = "") -> str:
+    """CSS rules `.q0{…}` for the whole palette, for drawings and for boxes, below the selector `inside`."""
+    rows = enumerate(palette(stops))
+    return "".join(f"{inside}.q{i}{{fill:{colour};background-color:{colour}}}" for i, colour in rows)
 
 
 def mix(stops: Sequence[str], at: float) -> str:

@@ -43,7 +43,7 @@ def run_check(path: Path, model: nn.Module, ids: Tensor, *, rounded: bool, timeo
     import torch
 
     prompts = ids[:, : CONTEXT // 2].tolist()
-    job = {"path": str(path), "threads": torch.get_num_threads(), "prompts": prompts, "steps": STEPS}
+    job = {"path": str(path.resolve()), "threads": torch.get_num_threads(), "prompts": prompts, "steps": STEPS}
     with tempfile.TemporaryDirectory(prefix="lamina-gguf-") as work:
         file = Path(work) / "job.json"
         file.write_text(json.dumps(job), encoding="utf-8")

@@ -280,3 +280,15 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_plan_of_bits_alone_is_told_by_its_bytes(run_folder: Path) -> None:
+    path = run_folder / "receipts.json"
+    data = json.loads(path.read_text(encoding="utf-8"))
+    whole = data["receipts"][0]["before"]["parameters"]
+    for receipt in data["receipts"]:
+        receipt["after"]["parameters"] = receipt["before"]["parameters"] = whole
+    path.write_text(json.dumps(data), encoding="utf-8")
+    text = read(write(run_folder)).text
+    assert "of parameters gone" not in text
+    assert re.search(r"\d % of the bytes gone; perplexity", text)

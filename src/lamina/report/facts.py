@@ -151,11 +151,14 @@ def verdict(run: Run) -> Verdict:
     """The verdict in one sentence with its numbers and intervals."""
     parts: list[str] = []
     tiles: list[tuple[str, str, str]] = []
-    pair = sides(run.receipts, run.evidence, "parameters")
+    pair, bits = (sides(run.receipts, run.evidence, key) for key in ("parameters", "bytes"))
+    what, say = "parameters", count
+    if pair is not None and bits is not None and pair[0] == pair[1] and bits[0] > bits[1]:
+        pair, what, say = bits, "the bytes", data
     if pair is not None and pair[0]:
         gone = percent(1 - pair[1] / pair[0])
-        parts.append(f"{gone} of parameters gone")
-        tiles.append((gone, "parameters gone", f"{count(pair[0])} → {count(pair[1])}"))
+        parts.append(f"{gone} of {what} gone")
+        tiles.append((gone, f"{what.removeprefix('the ')} gone", f"{say(pair[0])} → {say(pair[1])}"))
     if run.evidence is None:
         parts.append("quality and speed are not measured yet")
         return Verdict(_sentence(parts), tuple(tiles))

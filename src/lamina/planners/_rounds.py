@@ -83,7 +83,7 @@ def _corrected(
 
 
 def _level(rise: float, sums: float) -> float:
-    """The true rise over the sum of prices; where the text says less than half of it, or that all gets better, a half."""
+    """The true rise over the sum of prices; a half where the text says less than that, or that all gets better."""
     return min(max(rise / sums, 0.5), MOST) if sums > 0 else 1.0
 
 

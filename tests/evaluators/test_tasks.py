@@ -198,7 +198,7 @@ def test_prompts_hold_what_they_should(data: Path) -> None:
         assert (q.choices[0] == f" {first}") is (example["target_scores"]["a"] == 1)
         assert sorted(q.choices[0].split()) == sorted(q.choices[1].split())
     (one,) = bigbench.examples("intent_recognition")
-    q = bigbench._intent(one)
+    q = bigbench._intent(one, 0)
     assert (q.context, q.choices, q.right) == ('"Play it" is a request to', (" play music", " rate book"), {0})
     (one,) = bigbench.examples("goal_step_wikihow/goal_inference")
     assert bigbench.asked(one, "c") == Question("c", (" a", " b c"), frozenset({1}))
@@ -210,10 +210,12 @@ def test_wrong_answers_are_other_answers(data: Path) -> None:
     assert q.choices[0] == " a2"
     assert len(set(q.choices)) == 4
     for draw in range(40):
-        found = bigbench.others(["a", "A", "b", "c", "d", "b"], "a", str(draw))
+        found = bigbench.others(["a", "A", "b", "c", "d", "b"], "a", str(draw), 3)
         assert len({f.casefold() for f in found}) == 3
         assert "a" not in {f.casefold() for f in found}
-    assert bigbench.others(["a", "b", "c", "d", "e"], "a", "x") == bigbench.others(["a", "b", "c", "d", "e"], "a", "x")
+    letters = ["a", "b", "c", "d", "e"]
+    assert bigbench.others(letters, "a", "x", 2) == bigbench.others(letters, "a", "x", 2)
+    assert bigbench.others(["a", "A", "b"], "a", "x", 3) == ["b"]  # no more are there
     pairs = bigbench.translations(subject(items=3), "de", "German")
     assert len(pairs) == 3
     for q in pairs:
@@ -289,12 +291,12 @@ def test_needles_are_read_with_their_text_once() -> None:
     monkey = pytest.MonkeyPatch()
     monkey.setattr(needles, "LENGTHS", (64,))
     try:
-        marks = needles.needles(subject(model=model, items=12))
+        marks = needles.needles(subject(model=model, items=24))
     finally:
         monkey.undo()
         hook.remove()
-    assert len(marks.keys) == len(set(marks.keys)) == 12
-    assert marks.groups == (0,) * 8 + (1,) * 4
+    assert len(marks.keys) == len(set(marks.keys)) == 24
+    assert marks.groups == (0,) * 16 + (1,) * 8
     assert marks.chance == 0.25
     long = [n for n in seen if n > 300]
     assert len(long) == 2

@@ -24,7 +24,9 @@ def print_outcomes(found: EvidenceFile) -> None:
     for row in sorted(changes, key=lambda e: (e.unit != "accuracy", e.capability, e.name)):
         dense, thinned = found.get(row.name, "dense"), found.get(row.name)
         said = [verdict(row)]
-        said += [f"{of} at chance" for of, e in (("dense", dense), ("thinned", thinned)) if e and at_chance(e)]
+        said += [
+            f"{of} no better than chance" for of, e in (("dense", dense), ("thinned", thinned)) if e and at_chance(e)
+        ]
         name = f"{row.name.removeprefix(TASK)}, {row.unit}" if row.unit != "accuracy" else row.name.removeprefix(TASK)
         cells = (_value(dense), _value(thinned), change(row), shown(row.p), _size(row))
         table.add_row(name, str(row.n), *cells, "; ".join(said))

@@ -83,7 +83,8 @@ class Trials:
         if missing:
             from lamina.lab.moments import input_moments
 
-            self.seen = input_moments(self.fitting, maps)
+            found = input_moments(self.fitting, missing)
+            self.seen = found if self.seen is None else self.seen.merge(found)
 
 
 def _gone(options: Sequence[Option]) -> list[str]:

@@ -2,8 +2,8 @@
 
 What all items begin with is run once for all; an item's context once for all its choices; then the choices, as rows of
 one batch. Contexts of one length go together, so that no row is padded before what is scored, and choices are padded
-behind it: causal attention makes the numbers those of a full forward of each choice alone. Where a model's cache can't
-be shared that way (states that mix over time, no cache at all), each choice is run with its context.
+behind it: causal attention makes the numbers those of a full forward of each choice alone. Single choices, and all of
+models whose cache can't be shared that way (states that mix over time, no cache at all), are run with their context.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ SCORED = 1024
 """Tokens of a forward of choices: each has logits over the whole vocabulary."""
 LOOSE = 8
 """Tokens by which the choices of one forward may differ in length."""
+HELD = 8192
+"""Tokens of the caches of one forward: each row has its own copy of what is shared."""
 SLICE = 128
 """Positions whose log-probabilities are taken at once."""
 
@@ -105,7 +107,8 @@ class Reader:
         with torch.no_grad():
             if self._shared is None and coded:
                 self._shared = self._can_share(coded[0].context[0])
-            for done in self._shared_reads(coded) if self._shared else self._whole_reads(coded):
+            branches = any(len(c.choices) > 1 for c in coded)
+            for done in self._shared_reads(coded) if self._shared and branches else self._whole_reads(coded):
                 self.progress(what or "reading", done, len(items))
         return [Read(c.logs, np.array([c.lead + len(x) for x in c.choices])) for c in coded]
 
@@ -162,7 +165,7 @@ class Reader:
         done = 0
         order = sorted(coded, key=lambda c: (-len(c.context), -max(len(x) for x in c.choices), c.number))
         for length, same in itertools.groupby(order, key=lambda c: len(c.context) - stem):
-            for group in _parts(list(same), max(1, ROWS // length)):
+            for group in _parts(list(same), max(1, min(ROWS // length, HELD // (stem + length)))):
                 rows = [c.context[stem:] for c in group]
                 keep = 1 + max(c.lead for c in group)
                 logits, cache = self._run(rows, _rows(trunk, [0] * len(group)), keep=keep)
@@ -185,24 +188,27 @@ class Reader:
     def _rest(self, group: list[_Coded], cache: Any) -> None:
         """The other tokens of every choice, each a row behind its context's keys and values."""
         rows = [(row, n) for row, one in enumerate(group) for n, c in enumerate(one.choices) if len(c) > 1]
-        for part in _alike(rows, lambda r: len(group[r[0]].choices[r[1]]) - 1):
+        most = HELD // len(group[0].context)
+        for part in _alike(rows, lambda r: len(group[r[0]].choices[r[1]]) - 1, most):
             texts = [group[row].choices[n] for row, n in part]
             logits, _ = self._run([t[:-1] for t in texts], _rows(cache, [row for row, _ in part]))
             sums = self._sums(logits, [t[1:] for t in texts])
             for (row, n), value in zip(part, sums, strict=True):
                 group[row].logs[n] += value
 
-    # Whole reading, for models whose cache can't be shared.
+    # Whole reading: of single choices, and by models whose cache can't be shared.
 
     def _whole_reads(self, coded: list[_Coded]) -> Iterator[int]:
         rows = [(c.number, n) for c in coded for n in range(len(c.choices))]
         done = 0
         for part in _alike(rows, lambda r: len(coded[r[0]].context) + len(coded[r[0]].choices[r[1]]) - 1):
             texts = [coded[i].context + coded[i].choices[n] for i, n in part]
-            logits, _ = self._run([t[:-1] for t in texts], None)
-            for row, ((i, n), text) in enumerate(zip(part, texts, strict=True)):
-                start = len(coded[i].context) - coded[i].lead
-                coded[i].logs[n] = self._sums(logits[row : row + 1, start - 1 : len(text) - 1], [text[start:]])[0]
+            starts = [len(coded[i].context) - coded[i].lead - 1 for i, _ in part]
+            first = min(starts)  # logits before it are of no use
+            logits, _ = self._run([t[:-1] for t in texts], None, keep=max(len(t) for t in texts) - 1 - first)
+            for row, ((i, n), text, start) in enumerate(zip(part, texts, starts, strict=True)):
+                own = logits[row : row + 1, start - first : len(text) - 1 - first]
+                coded[i].logs[n] = self._sums(own, [text[start + 1 :]])[0]
             done += len(part)
             yield len(coded) * done // len(rows)
 
@@ -265,12 +271,13 @@ def _parts(rows: list[Any], size: int) -> Iterator[list[Any]]:
     return (rows[n : n + size] for n in range(0, len(rows), size))
 
 
-def _alike(rows: Iterable[Any], length: Any) -> Iterator[list[Any]]:
-    """The rows in groups of like length, longest first, each of at most `SCORED` tokens."""
+def _alike(rows: Iterable[Any], length: Any, most: int = SCORED) -> Iterator[list[Any]]:
+    """The rows in groups of like length, longest first, each of at most `SCORED` tokens and `most` rows."""
     group: list[Any] = []
     for row in sorted(rows, key=lambda r: -length(r)):
         longest = length(group[0]) if group else 0
-        if group and ((len(group) + 1) * longest > SCORED or longest - length(row) > LOOSE):
+        full = len(group) >= most or (len(group) + 1) * longest > SCORED
+        if group and (full or longest - length(row) > LOOSE):
             yield group
             group = []
         group.append(row)

@@ -171,7 +171,7 @@ def notes(rows: Sequence[Evidence]) -> tuple[str, ...]:
 
 
 def at_chance(row: Evidence) -> bool:
-    """Whether a model's own mean can't be told from guessing."""
+    """Whether a model's own mean is not shown to be better than guessing."""
     return row.chance is not None and row.low is not None and row.low <= row.chance
 
 

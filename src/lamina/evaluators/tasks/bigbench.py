@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import re
@@ -11,8 +12,10 @@ from typing import Any
 from lamina.evaluators.tasks._item import Marks, Subject, task
 from lamina.evaluators.tasks._questions import Question, answered, drawn
 
-SHORT = range(6, 15)
+SHORT = range(5, 11)
 """Words of the sentences that are translated or ended."""
+TRIES = 64
+"""Draws of a wrong answer before all of the pool is gone through."""
 
 
 def examples(name: str) -> list[dict[str, Any]]:
@@ -61,15 +64,22 @@ def addition(subject: Subject) -> Marks:
 
 @task("intent", capability="understanding", of="decoder", data="bigbench", items=693)
 def intent(subject: Subject) -> Marks:
-    """What somebody asks a machine for, of seven intents."""
+    """What somebody asks a machine for, of four intents."""
     found = drawn(examples("intent_recognition"), subject)
-    return answered(subject, [_intent(e) for e in found], "intent")
+    return answered(subject, [_intent(e, subject.seed) for e in found], "intent")
 
 
-def _intent(example: dict[str, Any]) -> Question:
+def _intent(example: dict[str, Any], seed: int) -> Question:
+    """What is said, with its intent and three others."""
     said = example["input"].strip().removeprefix("Utterance: ")
-    question = asked(example, f'"{said}" is a request to')
-    return Question(question.context, tuple(c.replace("_", " ") for c in question.choices), question.right)
+    scores = example["target_scores"]
+    right = max(scores, key=scores.__getitem__)
+    wrong = others([c for c in scores if not scores[c]], right, f"{seed} {said}", 3)
+    return Question.of(f'"{said}" is a request to', _plain(right), [_plain(c) for c in wrong])
+
+
+def _plain(intent: str) -> str:
+    return intent.replace("_", " ")
 
 
 @task("science", capability="knowledge", of="decoder", data="bigbench", items=6500)
@@ -86,28 +96,32 @@ def _science(text: str, answers: Sequence[str], number: int, seed: int) -> Quest
     """A question with the answers of three others, drawn for it alone."""
     question = text.partition("Question:")[2].strip()
     right = answers[number]
-    return Question.of(f"Question: {question}\nAnswer:", right, others(answers, right, f"{seed} {number}"))
+    return Question.of(f"Question: {question}\nAnswer:", right, others(answers, right, f"{seed} {number}", 3))
 
 
-def others(pool: Sequence[str], right: str, draw: str, count: int = 3) -> list[str]:
-    """So many members of a pool that differ from the right one and among each other, by a draw of that name."""
-    generator, found = random.Random(draw), list[str]()
-    while len(found) < count:
-        one = generator.choice(pool)
-        if one.casefold() not in {right.casefold(), *(f.casefold() for f in found)}:
-            found.append(one)
-    return found
+def others(pool: Sequence[str], right: str, draw: str, count: int) -> list[str]:
+    """So many members of a pool that differ from the right one and among each other, by a draw of that name.
+
+    Fewer, where the pool has no more.
+    """
+    generator, found = random.Random(draw), dict[str, str]()
+    for one in itertools.chain((generator.choice(pool) for _ in range(TRIES)), pool):
+        if one.casefold() != right.casefold() and len(found) < count:
+            found.setdefault(one.casefold(), one)
+        if len(found) == count:
+            break
+    return [*found.values()]
 
 
-@task("german", capability="other languages", of="decoder", data="bigbench", items=853)
+@task("german", capability="other languages", of="decoder", data="bigbench", items=569)
 def german(subject: Subject) -> Marks:
-    """What a German sentence says in English, of four sentences (MultiEmo)."""
+    """What a German sentence says in English, of three sentences (MultiEmo)."""
     return answered(subject, translations(subject, "de", "German"), "german")
 
 
-@task("french", capability="other languages", of="decoder", data="bigbench", items=839)
+@task("french", capability="other languages", of="decoder", data="bigbench", items=544)
 def french(subject: Subject) -> Marks:
-    """How a French sentence ends, of four endings (MultiEmo)."""
+    """How a French sentence ends, of three endings (MultiEmo)."""
     return answered(subject, endings(subject, "fr"), "french")
 
 
@@ -117,18 +131,18 @@ def sentences(language: str) -> list[str]:
 
 
 def translations(subject: Subject, language: str, name: str) -> list[Question]:
-    """Sentences with their English and that of three others of like length."""
+    """Sentences with their English and that of two others of like length."""
     pairs = [(a, b) for a, b in zip(sentences(language), sentences("en"), strict=True) if len(b.split()) in SHORT]
     pool = [b for _, b in pairs]
     return [
-        Question.of(f"{name}: {a}\nEnglish:", b, others(pool, b, f"{subject.seed} {a}"))
+        Question.of(f"{name}: {a}\nEnglish:", b, others(pool, b, f"{subject.seed} {a}", 2))
         for a, b in drawn(pairs, subject)
     ]
 
 
 def endings(subject: Subject, language: str) -> list[Question]:
-    """Sentences cut at six tenths of their words, with the rest and that of three others."""
+    """Sentences cut at six tenths of their words, with the rest and that of two others."""
     words = [s.split() for s in sentences(language)]
     cut = [(" ".join(w[: len(w) * 6 // 10]), " ".join(w[len(w) * 6 // 10 :])) for w in words if len(w) in SHORT]
     pool = [end for _, end in cut]
-    return [Question.of(a, b, others(pool, b, f"{subject.seed} {a}")) for a, b in drawn(cut, subject)]
+    return [Question.of(a, b, others(pool, b, f"{subject.seed} {a}", 2)) for a, b in drawn(cut, subject)]

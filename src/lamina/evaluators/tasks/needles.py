@@ -12,8 +12,8 @@ from lamina.evaluators.tasks._questions import Question, chance, hit
 
 LENGTHS = (256, 512, 1024)
 """Tokens of a document; those that the model's context does not hold are left out."""
-NEEDLES = 8
-"""In each document, a digit each, evenly spread and each asked for once: an item."""
+NEEDLES = 16
+"""In each document, a digit each, evenly spread and each asked for once: an item. Every digit but 0 is there."""
 ROOM = 128
 """Tokens that needles and question take beside the prose."""
 CHOICES = 4
@@ -25,7 +25,7 @@ NAMES = (
 
 @task("needles", capability="long context", of="decoder", package="lamina", licence="MIT, BSD, PSF")
 def needles(subject: Subject) -> Marks:
-    """Whose number was which, of four that stand in the same text: 8 in 256, 512 or 1,024 tokens of prose."""
+    """Whose number was which, of four that stand in the same text: 16 in 256, 512 or 1,024 tokens of prose."""
     from lamina.evaluators.tasks._choices import Item, Reader
 
     lengths = fitting(subject)
@@ -68,7 +68,8 @@ def _sentences() -> list[str]:
 def document(prose: Sequence[str], sizes: Sequence[int], length: int, draw: random.Random) -> list[Question]:
     """One text of about `length` tokens of prose with needles in it, and a question for each of them."""
     names = draw.sample(NAMES, NEEDLES)
-    numbers = [str(n) for n in draw.sample(range(1, 10), NEEDLES)]
+    digits = range(1, 10)
+    numbers = [str(n) for n in draw.sample([*digits, *draw.choices(digits, k=NEEDLES - len(digits))], NEEDLES)]
     start = draw.randrange(len(prose) - length)
     end, total = start, 0
     while total < length:
@@ -79,6 +80,6 @@ def document(prose: Sequence[str], sizes: Sequence[int], length: int, draw: rand
     for depth, name, number in reversed(list(zip(depths, names, numbers, strict=True))):
         body.insert(depth, f"The number of {name} is {number}.")
     text = " ".join(body)
-    wrong = [draw.sample([n for n in numbers if n != number], CHOICES - 1) for number in numbers]
+    wrong = [draw.sample([str(n) for n in digits if str(n) != number], CHOICES - 1) for number in numbers]
     asks = [f"{text}\n\nThe number of {name} is" for name in names]
     return [Question.of(a, n, w) for a, n, w in zip(asks, numbers, wrong, strict=True)]

@@ -9,8 +9,8 @@ from lamina.core.errors import UnsupportedError
 from lamina.evaluators.tasks._item import Marks, Subject, task
 from lamina.evaluators.tasks._questions import drawn, losses
 
-BODY = 320
-"""Characters of an article that are scored, about 70 tokens."""
+BODY = 120
+"""Characters of an article that are scored, about 27 tokens."""
 
 
 @task("news", capability="prose", of="decoder", metric="nats/token", higher=False, data="bbc-news", items=2225)

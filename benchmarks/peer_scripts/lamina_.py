@@ -54,7 +54,8 @@ def steps(lab: Lab) -> list[Step]:
         seen = input_moments(lab, tails)
         gone = {u.id: sorted(least(anatomy, u, seen)[: u.width // 4]) for u in units}
         return [Step(rewrite="narrow", sites=tuple(gone), options={"gone": gone, "refit": 0.01})]
-    options = {"sparsegpt": {"pattern": value} if ":" in value else {"sparsity": 0.5}, "gptq": {"type": value}}
+    amount = {"pattern": value} if ":" in value else {"sparsity": 0.5}
+    options = {"sparsegpt": {**amount, "in_turn": True}, "gptq": {"type": value}}
     return [Step(rewrite=kind, sites=maps, options=options.get(kind, {"type": value}))]
 
 

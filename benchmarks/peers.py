@@ -159,8 +159,19 @@ class Bench:
             loads += f" with {peer.judge}"
         if found["missing"]:
             loads += f", {found['missing']} tensors missing"
+        loads += self.engines(out)
         numbers = (f"{found['perplexity']:.2f}", f"{found['megabytes']:.1f}", *speeds)
         return (what, peer.name, *numbers, f"{made['seconds']:.0f}", str(made["peak_mb"]), loads)
+
+    def engines(self, out: Path) -> str:
+        """What else runs the checkpoint."""
+        dense, heldout = str(self.work / "dense"), str(self.work / "heldout.safetensors")
+        command = [sys.executable, str(SCRIPTS / "engines.py"), "--dense", dense, "--thin", str(out)]
+        found, error = last([*command, "--heldout", heldout], self.given.threads)
+        why = error if found is None else found["llama.cpp"]
+        if why:
+            print(f"{out.name}: not llama.cpp: {why}", flush=True)
+        return "" if why else "; llama.cpp"
 
     def judged(self, peer: Peer, out: Path) -> tuple[dict[str, Any] | None, str]:
         """Quality, size and speed of a checkpoint."""
@@ -220,7 +231,8 @@ def main() -> None:
         f"Dense: perplexity {dense.get('perplexity')}, {dense.get('megabytes')} MB. Each tool calibrates on the same "
         f"{given.sequences} x 512 tokens; perplexity is of 8 x 512 held-out ones, untrained; speeds are ratios to "
         "the dense model, median and range of rounds in turn; seconds and peak memory are of the tool's own work, the "
-        f"model's loading among it. {pins}.\n\n"
+        "model's loading among it. llama.cpp runs a checkpoint where its GGUF file, by lamina's writer, gives the same "
+        f"greedy tokens; vLLM and TensorRT-LLM need a GPU and were not tried. {pins}.\n\n"
     )
     write_text(HERE / "PEERS.md", head + table(names, rows) + "\n")
 

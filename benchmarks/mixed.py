@@ -1,6 +1,6 @@
 """Mixed plans against the best single kind at equal bytes, and predicted against measured damage of random plans.
 
-    python benchmarks/mixed.py [--keep 75 50 35] [--random 40] [--sequences 32]
+    python benchmarks/mixed.py [--keep 75 50 35] [--random 40] [--sequences 32] [--held 8]
 
 Prices are taken on calibration text; what is measured is the rise of the loss on held-out text, with the plan's maps
 written into the model and what it drops silenced. A plan is the exact choice from the menu, of all options or of those
@@ -89,11 +89,12 @@ def main() -> str:
     parser.add_argument("--keep", nargs="*", type=float, default=[75, 50, 35])
     parser.add_argument("--random", type=int, default=40)
     parser.add_argument("--sequences", type=int, default=32)
+    parser.add_argument("--held", type=int, default=8, help="sequences of held-out text to measure on")
     parser.add_argument("--rounds", type=int, default=2)
     given = parser.parse_args()
     loaded = opened(given)
     lab = Lab(loaded.model, text(given, loaded, "calibration", given.sequences, 512))
-    held = Lab(loaded.model, text(given, loaded, "heldout", 8, 512), anatomy=lab.anatomy, batch_size=2)
+    held = Lab(loaded.model, text(given, loaded, "heldout", given.held, 512), anatomy=lab.anatomy, batch_size=2)
     began = time.perf_counter()
     planner = PLANNERS.make("knapsack")
     menu, trials = planner.menu(Bench(lab)), planner.trials(lab)

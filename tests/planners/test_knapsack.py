@@ -19,6 +19,11 @@ from lamina.lab.pricing import Pricing, written
 from lamina.planners._trials import Healed, Trials
 from lamina.testing.models import lively, text, tiny
 
+
+def _tokens(lab: Lab) -> int:
+    return sum(b["input_ids"].numel() for b in lab.batches)
+
+
 BUDGETS = (
     Budget(metric="bytes", keep=0.6),
     Budget(metric="bytes", keep=0.4),
@@ -160,6 +165,23 @@ def test_a_probe_tells_what_is_left_after_healing() -> None:
     both, added = healed.rise([*gone, bits]), plain.rise([*gone, bits]) - plain.rise(gone)
     assert both == pytest.approx(healed.rise(gone) + added, abs=1e-4)
     assert all(torch.equal(v, before[k]) for k, v in lab.model.state_dict().items())
+
+
+def test_trials_see_the_inputs_of_all_that_may_be_tried_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One forward over the text for fitting, then one over the judged text for each plan; the same rises either way."""
+    lab, planner = bench(), PLANNERS.make("knapsack", {"rank_rewrite": "svd"})
+    options = [o for o in planner.menu(Bench(lab)).options if o.name == "narrow to 32 of 64 neurons"]
+    rises, passes = [], []
+    for room in (2**30, 0):
+        monkeypatch.setattr("lamina.planners._trials.ROOM", room)
+        trials = planner.trials(lab)
+        trials.expect(options)
+        before = lab.counts.blocks
+        rises.append([trials.rise([o]) for o in options[:3]])
+        run = (lab.counts.blocks - before) / lab.depth
+        passes.append((run - 4 * _tokens(trials.lab)) / _tokens(trials.fitting))
+    assert passes == [1, 3]
+    assert rises[0] == rises[1]
 
 
 def test_reasons_are_of_the_budget_that_was_planned(tmp_path: Path) -> None:

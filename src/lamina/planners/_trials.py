@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,12 @@ if TYPE_CHECKING:
     from lamina.core.menu import Option
     from lamina.lab import Lab
     from lamina.lab.moments import InputMoments
+
+
+ROOM = 2**30
+"""Bytes of sums of inputs that are gathered for options that may be tried later."""
+WORD = 8
+"""Bytes of a number of them."""
 
 
 def parted(lab: Lab, sequences: int, length: int) -> tuple[Lab, Lab]:
@@ -36,7 +42,14 @@ class Trials:
     def __init__(self, fitting: Lab, judged: Lab, seen: InputMoments | None = None) -> None:
         self.fitting, self.lab, self.seen = fitting, judged, seen
         self._dense: float | None = None
+        self._ahead: list[str] = []
         self._made: dict[tuple[tuple[str, ...], str], Mapping[str, Tensor]] = {}
+
+    def expect(self, options: Iterable[Option]) -> None:
+        """What may be tried: its inputs are seen in the same forward as those of the first, if they find `ROOM`."""
+        maps = self._fitted_maps(options)
+        size = sum(self.lab.anatomy.weight(m).shape[1] ** 2 * WORD for m in maps)
+        self._ahead = maps if size <= ROOM else []
 
     @contextmanager
     def on(self, options: Sequence[Option]) -> Iterator[None]:
@@ -75,16 +88,21 @@ class Trials:
 
     def _prepare(self, options: Sequence[Option]) -> None:
         """Look at what enters the maps of options that were not tried before."""
-        anatomy = self.lab.anatomy
-        fresh = [o for o in options if (o.groups, o.name) not in self._made]
-        sites = {anatomy.site(g) for o in fresh if any(_fitted(s) for s in o.steps) for g in o.groups}
-        maps = [x.id for s in sites for x in anatomy.linears(s)]
-        missing = [m for m in maps if self.seen is None or not self.seen.knows(m)]
-        if missing:
+        maps = self._fitted_maps(o for o in options if (o.groups, o.name) not in self._made)
+        if any(self._unseen(m) for m in maps):
             from lamina.lab.moments import input_moments
 
-            found = input_moments(self.fitting, missing)
+            found = input_moments(self.fitting, [m for m in dict.fromkeys((*maps, *self._ahead)) if self._unseen(m)])
             self.seen = found if self.seen is None else self.seen.merge(found)
+
+    def _unseen(self, site: str) -> bool:
+        return self.seen is None or not self.seen.knows(site)
+
+    def _fitted_maps(self, options: Iterable[Option]) -> list[str]:
+        """The maps of the sublayers of options that depend on the text."""
+        anatomy = self.lab.anatomy
+        sites = dict.fromkeys(g for o in options if any(_fitted(s) for s in o.steps) for g in o.groups)
+        return [x.id for s in sites for x in anatomy.linears(s)]
 
 
 def _gone(options: Sequence[Option]) -> list[str]:

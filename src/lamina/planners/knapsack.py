@@ -113,7 +113,9 @@ class Knapsack:
         chosen = problem.cheapest()
         if chosen is None:
             raise problem.refuse(budget)
-        settling = settled(problem, self.trials(bench.lab), chosen, self.rounds)
+        trials = self.trials(bench.lab)
+        trials.expect(problem.options)
+        settling = settled(problem, trials, chosen, self.rounds)
         taken, level = [problem.options[i] for i in settling.chosen], settling.level
         told = tuple((o.groups[0], o.name) for o in taken)
         solved = Solved(

@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lamina.anatomy import Anatomy
-    from lamina.api import apply, heal, plan, prove, speed, survey, thin
+    from lamina.api import apply, compare, heal, plan, prove, speed, survey, thin
     from lamina.lab import Lab
     from lamina.lab.load import load
 
 __version__ = "0.1.0"
-__all__ = ["Anatomy", "Lab", "apply", "heal", "load", "plan", "prove", "speed", "survey", "thin"]
+__all__ = ["Anatomy", "Lab", "apply", "compare", "heal", "load", "plan", "prove", "speed", "survey", "thin"]
 _HOMES = {
     "Anatomy": "lamina.anatomy",
     "Lab": "lamina.lab",
     "load": "lamina.lab.load",
-    **dict.fromkeys(("apply", "heal", "plan", "prove", "speed", "survey", "thin"), "lamina.api"),
+    **dict.fromkeys(("apply", "compare", "heal", "plan", "prove", "speed", "survey", "thin"), "lamina.api"),
 }
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lamina.core.documents import Budget, EvidenceFile, Heal, Plan, Receipts, Recipe
 from lamina.core.errors import InputError
@@ -18,6 +18,10 @@ from lamina.report.survey import Survey
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from lamina.pipeline.comparing import Comparison
+
+Shows = TypeVar("Shows", "Run", "Comparison")
 
 
 class ShownPlan(Plan):
@@ -134,8 +138,8 @@ def _as_given(model: str | nn.Module | None) -> Iterator[None]:
 
 
 @contextmanager
-def _shown(made: Run, show: bool) -> Iterator[Run]:
-    """The run; with `show`, its progress is printed meanwhile."""
+def _shown(made: Shows, show: bool) -> Iterator[Shows]:
+    """The run, or what else tells its progress; with `show`, that is printed meanwhile."""
     if not show:
         yield made
         return
@@ -206,6 +210,41 @@ def prove(
     """Measure what the plan cost; and by `tasks`, names between commas or "offline", of each at most `items` items."""
     with _as_given(options.get("model")), _shown(Run.open(folder, **options), show) as made:
         return ShownEvidence(**_parts(verbs.prove(made, tasks, items)))
+
+
+def compare(
+    dense: str | nn.Module,
+    thinned: str | nn.Module,
+    *,
+    tasks: str = "offline",
+    items: int = 500,
+    seed: int = 0,
+    out: str | Path | None = None,
+    tokenizer: Any = None,
+    dtype: str = "auto",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    show: bool = False,
+) -> EvidenceFile:
+    """Two models of any kind on the same items of tasks, whoever made them: folders, hub ids or modules in memory.
+
+    `tasks` are names between commas or "offline", all that fit the kind of model, of each at most `items`. In the
+    folder `out` marks are kept as they are made, so that a call that was cut off goes on, and evidence.json is written.
+    """
+    from lamina.lab.load import load
+    from lamina.pipeline.comparing import Comparison
+
+    with _as_given(dense), _as_given(thinned):
+        both = [
+            load(
+                model, dtype=dtype, device=device, trust_remote_code=trust_remote_code, tokenizer=tokenizer,
+                any_kind=True,
+            )
+            for model in (dense, thinned)
+        ]  # fmt: skip
+        asked = Comparison(*both, items=items, seed=seed, folder=Path(out) if out else None)
+        with _shown(asked, show):
+            return ShownEvidence(**_parts(asked.measure(tasks)))
 
 
 def speed(

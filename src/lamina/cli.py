@@ -211,6 +211,7 @@ def heal(
 
 
 app.command(epilog="Example: lamina prove run --tasks offline --items 500")(commands.prove)
+app.command(epilog="Example: lamina compare base thinned --tasks offline")(commands.compare)
 app.command(epilog="Example: lamina speed run --batch 1,4 --length 128,512")(commands.speed)
 app.command(epilog="Example: lamina export run --to model.gguf")(commands.export)
 app.command(epilog="Example: lamina report run")(commands.report)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lamina.core.documents import Evidence, EvidenceFile
     from lamina.core.menu import Frontier, Reason
     from lamina.pipeline import Run
+    from lamina.pipeline.comparing import Comparison
     from lamina.report.listing import Listing
     from lamina.report.survey import Survey
 
@@ -31,8 +32,8 @@ console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isat
 
 
 @contextmanager
-def progress(run: Run) -> Iterator[None]:
-    """Show the run's progress: bars on a terminal, a line that changes in a notebook, now and then a line elsewhere."""
+def progress(run: Run | Comparison) -> Iterator[None]:
+    """Show its progress: bars on a terminal, a line that changes in a notebook, now and then a line elsewhere."""
     run.say = lambda line: console.print(line, style="dim", markup=False)
     if console.is_jupyter:
         with _cell(run):
@@ -93,7 +94,7 @@ class _Lines:
 
 
 @contextmanager
-def _cell(run: Run) -> Iterator[None]:
+def _cell(run: Run | Comparison) -> Iterator[None]:
     """Progress below a notebook's cell: lines of what is done, and one of how far it is, empty in the end."""
     shown: Any = importlib.import_module("IPython.display").display
     line, last = shown({"text/plain": ""}, raw=True, display_id=True), 0.0

@@ -389,7 +389,7 @@ def test_wrong_options_and_sources_are_told(tokenizer: Any, tmp_path: Path) -> N
     [
         pytest.param({}, "llama", id="dense", marks=pytest.mark.slow),
         pytest.param({"blocks": (11, 20, 24)}, "llama", id="three blocks gone", marks=pytest.mark.slow),
-        pytest.param({"attention": (10, 15, 21, 25)}, "deci", id="four attentions gone"),
+        pytest.param({"attention": (10, 15, 21, 25)}, "deci", id="four attentions gone", marks=pytest.mark.slow),
     ],
 )
 def test_smollm2(cuts: dict[str, Any], architecture: str, tmp_path: Path) -> None:

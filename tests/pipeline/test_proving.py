@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from planted_tasks import Desk
 from tiny_run import left_behind, make_quick, refused, thin_command
 
 import lamina as package
@@ -26,33 +27,6 @@ from lamina.testing.models import own_text, tiny
 
 pytestmark = pytest.mark.usefixtures("quick")
 Run = Callable[..., tuple[int, str, str]]
-
-
-class Desk:
-    """Tasks that note every call, and give the thinned model as many right answers as they are told."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.calls: list[str] = []
-        self.fails: set[str] = set()
-        monkeypatch.setattr(_item, "_discover", lambda: None)
-        monkeypatch.setattr(_item, "_TASKS", {})
-        monkeypatch.setattr(_item, "_FAMILIES", {})
-
-    def add(self, name: str, lost: float, capability: str = "syntax", **card: Any) -> None:
-        """A task in which the thinned model loses that share of the items."""
-
-        def score(subject: Subject) -> Marks:
-            """A planted task."""
-            of = "dense" if len(list(subject.model.parameters())) > 35 else "thinned"
-            self.calls.append(f"{name} {of}")
-            if f"{name} {of}" in self.fails:
-                raise KeyboardInterrupt
-            draw = np.random.default_rng(subject.seed)
-            right = draw.random(subject.items) < 0.8
-            kept = draw.random(subject.items) >= (lost if of == "thinned" else 0)
-            return Marks.of(right & kept, range(subject.items), chance=0.5, how="planted")
-
-        task(name, capability=capability, of="decoder", **card)(score)
 
 
 @pytest.fixture

@@ -55,6 +55,7 @@ def rows() -> dict[str, Row]:
 # ---------------------------------------------------------------- the sample
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "anatomy"),
     [
@@ -71,6 +72,7 @@ def test_causal_types_are_covered(rows: dict[str, Row], name: str, anatomy: str)
     assert dict(rows[name].cells) == dict.fromkeys(CELLS, YES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vit", "bit"])
 def test_a_type_without_a_head(rows: dict[str, Row], name: str) -> None:
     """Also where a stage begins with a layer that is no block of it."""
@@ -79,12 +81,14 @@ def test_a_type_without_a_head(rows: dict[str, Row], name: str) -> None:
     assert rows[name].cells["generates"] == "n/a"
 
 
+@pytest.mark.slow
 def test_a_specimen_that_ends_the_worker(rows: dict[str, Row]) -> None:
     cells = rows["killer"].cells
     assert cells["found"] == "no: the worker process was killed by signal 11"
     assert set(cells.values()) - {cells["found"]} == {"no: not reached"}
 
 
+@pytest.mark.slow
 def test_the_page_says_it_all(rows: dict[str, Row], tmp_path: Path) -> None:
     versions = coverage.versions(rows.values())
     coverage.write(list(rows.values()), tmp_path / "page.md", versions)
@@ -99,6 +103,7 @@ def test_the_page_says_it_all(rows: dict[str, Row], tmp_path: Path) -> None:
     assert "| found | 5 of 5, 100.0 % | 7 of 8, 87.5 % |" in text
 
 
+@pytest.mark.slow
 def test_parts_put_together_are_the_whole(rows: dict[str, Row], tmp_path: Path) -> None:
     versions = coverage.versions(rows.values())
     halves = [tmp_path / "1.json", tmp_path / "2.json"]

@@ -1,29 +1,23 @@
-"""Tasks in `prove`: which are asked for, and their marks, kept one by one so that a run that was cut off goes on."""
+"""Tasks in `prove`: which are asked for, and what they say."""
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lamina.core.documents import Evidence, EvidenceFile, Receipts, plain
-from lamina.core.errors import InputError, UnsupportedError
-from lamina.core.files import fingerprint, to_json, write_text
+from lamina.core.errors import InputError
+from lamina.core.files import fingerprint
 from lamina.evaluators.tasks._evidence import CAPABILITY, TASK, evidence, notes
-from lamina.evaluators.tasks._item import Marks, Subject, Task, chosen, kind_of, paired
+from lamina.evaluators.tasks._item import Marks, Subject, Task, chosen, kind_of
+from lamina.pipeline.marks import FORMAT, Shelf, names, outcomes
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from lamina.pipeline.run import Run
 
 ITEMS = 500
 """Of a task, where the user says nothing."""
-FORMAT = 1
-"""Of the files that marks are kept in; it goes up when a task's items or prompts change."""
 
 
 @dataclass(frozen=True)
@@ -96,74 +90,24 @@ def answered(run: Run, asked: Asked, receipts: Receipts) -> tuple[tuple[Evidence
 
     A task of a group that does not fit the model is left out, and that is said; one that was named raises.
     """
-    shelf = _Shelf(run, asked.items, receipts)
-    named = {n.strip() for n in asked.typed.split(",")}
-    outcomes, lines = [], list[str]()
-    for number, task in enumerate(asked.tasks, 1):
-        run.say(f"task {number} of {len(asked.tasks)}: {task.name}")
-        try:
-            dense = shelf.marks(task, "dense", lambda: run.loaded.model)
-            thinned = shelf.marks(task, "thinned", lambda: run.thinned)
-        except UnsupportedError as error:
-            if task.name in named:
-                raise
-            lines.append(f"left out: {task.name}: {error}")
-            run.say(lines[-1])
-            continue
-        outcomes.append(paired(task, dense, thinned, run.recipe.seed))
-    if not outcomes:
-        raise UnsupportedError("no task fits this model: " + "; ".join(lines), where="tasks")
-    rows = evidence(outcomes)
+    common = (asked.items, run.recipe.seed, run.recipe.dtype, run.recipe.device, FORMAT)
+    prints = {"dense": run.loaded.fingerprint, "thinned": plain(receipts)}
+    shelf = Shelf(run.state / "tasks", {of: fingerprint(mark, *common)[7:23] for of, mark in prints.items()})
+
+    def mark(task: Task, of: str) -> Marks:
+        return shelf.marks(task, of, lambda: task.score(_subject(run, asked.items, of)))
+
+    found, lines = outcomes(asked.tasks, names(asked.typed), mark, run.recipe.seed, run.say)
+    rows = evidence(found)
     return rows, (*notes(rows), *lines)
 
 
-class _Shelf:
-    """Marks by task and model in `.state/tasks/`; those of other models, items or seeds are of no use any more."""
+def _subject(run: Run, items: int, of: str) -> Subject:
+    loaded, model = run.loaded, run.loaded.model if of == "dense" else run.thinned
 
-    def __init__(self, run: Run, items: int, receipts: Receipts) -> None:
-        self.run, self.items, self.folder = run, items, run.state / "tasks"
-        common = (items, run.recipe.seed, run.recipe.dtype, run.recipe.device, FORMAT)
-        marks = {"dense": run.loaded.fingerprint, "thinned": plain(receipts)}
-        self.prefix = {of: f"{of}-{fingerprint(mark, *common)[7:23]}-" for of, mark in marks.items()}
-        for file in self.folder.glob("*.json"):
-            if not file.name.startswith(tuple(self.prefix.values())):
-                file.unlink()
+    def show(what: str, done: int, total: int) -> None:
+        run.progress(f"{of}: {what}", done, total)
 
-    def marks(self, task: Task, of: str, model: Callable[[], nn.Module]) -> Marks:
-        """The marks of one model, read where they are kept, else made and kept."""
-        name = re.sub(r"[^\w.-]", "-", task.name)
-        path = self.folder / f"{self.prefix[of]}{name}.json"
-        found = _read(path, task.name)
-        if found is None:
-            found = task.score(self._subject(of, model()))
-            write_text(path, to_json({"task": task.name, **_data(found)}))
-        return found
-
-    def _subject(self, of: str, model: nn.Module) -> Subject:
-        run, loaded = self.run, self.run.loaded
-
-        def show(what: str, done: int, total: int) -> None:
-            run.progress(f"{of}: {what}", done, total)
-
-        seed = run.recipe.seed
-        return Subject(
-            model=model, tokenizer=loaded.tokenizer, items=self.items, seed=seed, path=loaded.path, progress=show
-        )
-
-
-def _data(marks: Marks) -> Mapping[str, Any]:
-    return {
-        "values": marks.values.tolist(), "keys": list(marks.keys), "chance": marks.chance, "how": marks.how,
-        "groups": list(marks.groups),
-    }  # fmt: skip
-
-
-def _read(path: Path, task: str) -> Marks | None:
-    """Marks that are kept; None where there are none, or of another task."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if data.pop("task") != task:
-            return None
-        return Marks.of(data.pop("values"), data.pop("keys"), **data)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    return Subject(
+        model=model, tokenizer=loaded.tokenizer, items=items, seed=run.recipe.seed, path=loaded.path, progress=show
+    )

@@ -44,15 +44,18 @@ class Problem:
 
     def refuse(self, budget: Budget) -> InputError:
         """The error for needs that no choice meets."""
+        hint = "keep more, or protect less" if budget.protect else "keep more"
+        told = ""
         for name, need in self.needs.items():
+            told = f"the budget asks to free {_told(need)} of {_told(self.whole[name])} {name}"
             best: dict[tuple[str, ...], float] = {}
             for option in self.options:
                 best[option.groups] = max(best.get(option.groups, 0.0), option.saves.get(name, 0.0))
             most = sum(best.values())
             if most < need:
-                told = f"the budget asks to free {_told(need)} of {_told(self.whole[name])} {name}"
-                hint = "keep more, or protect less" if budget.protect else "keep more"
                 return InputError(f"{told}, but at most {_told(most)} may go this way", hint=hint)
+        if len(self.needs) == 1:
+            return InputError(f"{told}, which no choice of options does", hint=hint)
         return InputError("no plan meets all these budgets at once", hint="keep more of one of them")
 
 

@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from lamina.core.documents import Document, EvidenceFile, Plan
 from lamina.core.errors import InputError
-from lamina.report import charts, facts, methods
+from lamina.report import charts, facts, methods, proofs
 from lamina.report.numbers import NONE
 
 D = TypeVar("D", bound=Document)
@@ -52,7 +52,7 @@ def plan_html(source: Plan | Path | str) -> str:
 
 
 def evidence_html(source: EvidenceFile | Path | str) -> str:
-    """What was measured, or a run folder's: dense and thinned, intervals as a picture, the reload contract.
+    """What was measured, or a run folder's: dense and thinned, intervals as a picture, tasks, the reload contract.
 
     Raises `InputError` where the folder holds no evidence.
     """
@@ -63,11 +63,24 @@ def evidence_html(source: EvidenceFile | Path | str) -> str:
     drawn = charts.intervals(dots, **axis) if dots else Markup("")
     worded = {True: "passed", False: "failed", None: "measured"}
     checks = [[c.label, worded[c.passed], c.shown] for c in facts.checks(file)]
+    heads = ["dense", "thinned", "change", "95 %"]
     return _piece(
-        _table(["", "dense", "thinned", "change", "95 %", "n"], rows),
+        _table(["", *heads, "n"], rows) if rows else Markup(""),
         drawn,
+        _tasks(file, heads),
         _table(["reload contract", "", ""], checks) if checks else Markup(""),
     )
+
+
+def _tasks(file: EvidenceFile, heads: Sequence[str]) -> Markup:
+    """The tasks, their differences as a picture and in words; nothing where there are none."""
+    found = proofs.tasks(file)
+    if not found:
+        return Markup("")
+    rows = [[t.name, t.unit, t.dense, t.thinned, t.change, t.inside, t.p, t.sees, t.n] for t in found]
+    said = Markup("").join(Markup("<p>{}</p>").format(line) for line in file.notes)
+    table = _table(["task", "unit", *heads, "p", "sees", "n"], rows)
+    return table + (proofs.task_chart(file) or Markup("")) + said
 
 
 def _piece(*parts: Markup) -> str:

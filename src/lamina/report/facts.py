@@ -32,6 +32,8 @@ LABELS = {
     "kl": "KL to the dense model",
     "prefill": "Prefill speed",
     "decode": "Decode speed",
+    "promised_prefill": "Prefill speed, promised by work",
+    "promised_decode": "Decode speed, promised by work",
     "peak_memory": "Peak memory",
     "expected_loss": "Rise of the loss, predicted",
     "parameters": "Parameters",

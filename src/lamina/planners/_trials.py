@@ -46,7 +46,8 @@ class Trials:
         self._made: dict[tuple[tuple[str, ...], str], Mapping[str, Tensor]] = {}
 
     def expect(self, options: Iterable[Option]) -> None:
-        """What may be tried: its inputs are seen in the same forward as those of the first, if they find `ROOM`."""
+        """What may be tried: its inputs are seen in the same forward as those of a plan with half of it, if they find
+        `ROOM`."""
         maps = self._fitted_maps(options)
         size = sum(self.lab.anatomy.weight(m).shape[1] ** 2 * WORD for m in maps)
         self._ahead = maps if size <= ROOM else []
@@ -92,7 +93,8 @@ class Trials:
         if any(self._unseen(m) for m in maps):
             from lamina.lab.moments import input_moments
 
-            found = input_moments(self.fitting, [m for m in dict.fromkeys((*maps, *self._ahead)) if self._unseen(m)])
+            ahead = self._ahead if 2 * len(maps) >= len(self._ahead) else []
+            found = input_moments(self.fitting, [m for m in dict.fromkeys((*maps, *ahead)) if self._unseen(m)])
             self.seen = found if self.seen is None else self.seen.merge(found)
 
     def _unseen(self, site: str) -> bool:

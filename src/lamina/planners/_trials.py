@@ -47,7 +47,8 @@ class Trials:
 
     def expect(self, options: Iterable[Option]) -> None:
         """What may be tried: its inputs are seen in the same forward as those of a plan with half of it, if they find
-        `ROOM`."""
+        `ROOM`.
+        """
         maps = self._fitted_maps(options)
         size = sum(self.lab.anatomy.weight(m).shape[1] ** 2 * WORD for m in maps)
         self._ahead = maps if size <= ROOM else []

@@ -232,7 +232,8 @@ def main() -> None:
         f"{given.sequences} x 512 tokens; perplexity is of 8 x 512 held-out ones, untrained; speeds are ratios to "
         "the dense model, median and range of rounds in turn; seconds and peak memory are of the tool's own work, the "
         "model's loading among it. llama.cpp runs a checkpoint where its GGUF file, by lamina's writer, gives the same "
-        f"greedy tokens as the weights that stand in it, without a tool's own modules; vLLM and TensorRT-LLM need a GPU and were not tried. {pins}.\n\n"
+        "greedy tokens as the weights that stand in it, without a tool's own modules; vLLM and TensorRT-LLM need a GPU "
+        f"and were not tried. {pins}.\n\n"
     )
     write_text(HERE / "PEERS.md", head + table(names, rows) + "\n")
 

@@ -98,6 +98,15 @@ def test_what_makes_no_sense_is_refused(
     assert desk.calls == []
 
 
+def test_a_run_keeps_its_evidence(desk: Desk, tmp_path: Path) -> None:
+    for name in ("recipe.yaml", "evidence.json"):
+        (tmp_path / name).write_text("mine", encoding="utf-8")
+    with pytest.raises(InputError, match="holds a run"):
+        lamina.compare(*pair("llama", desk), tokenizer=tokenizer(), out=tmp_path)
+    assert desk.calls == []
+    assert (tmp_path / "evidence.json").read_text(encoding="utf-8") == "mine"
+
+
 def test_the_command_compares_folders(desk: Desk, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from lamina.cli import main
 

@@ -34,14 +34,16 @@ class Comparison:
     def measure(self, tasks: str) -> EvidenceFile:
         """The evidence of `tasks`, names between commas or "offline".
 
-        Raises InputError for an unknown name or fewer than two items, UnsupportedError for models of two kinds, or a
-        task of another kind.
+        Raises InputError for an unknown name, fewer than two items or the folder of a run, UnsupportedError for models
+        of two kinds, or a task of another kind.
         """
         kind, other = kind_of(self.dense.model), kind_of(self.thinned.model)
         if kind != other:
             raise UnsupportedError(f"the dense model is of the kind {kind}, the thinned one of the kind {other}")
         if self.items < 2:
             raise InputError(f"a task takes at least 2 items, not {self.items}", where="items")
+        if self.folder and (self.folder / "recipe.yaml").exists():
+            raise InputError("this folder holds a run, with evidence of its own", where=self.folder, hint="another one")
         asked = chosen(tasks, kind)
         models = {"dense": self.dense, "thinned": self.thinned}
         common = [self.items, self.seed, FORMAT]
